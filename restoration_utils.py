@@ -1,0 +1,2090 @@
+"""Face and old-photo restoration: the one helper module of the six notebooks.
+
+Read it from top to bottom beside the notebooks; every section calls only what stands above it:
+
+    settings and places     all notebooks     profiles, folders, device, files, progress
+    faces                   01                finding the portraits, or drawing synthetic ones
+    degradation             01                noise, faded colours, holes; a whole folder of them
+    data                    02                pairs, splits by original, loaders
+    models                  03                U-Net generator, PatchGAN discriminator
+    checkpoints             04, 05            saving, finding, loading, resuming
+    pretraining             04                L1 + 0.1 MSE, StepLR, early stopping
+    GAN training            05                least-squares GAN + 100 L1 (pix2pix)
+    evaluation              06                PSNR, SSIM, L1; restoring a photograph of one's own
+    figures                 02 to 06          grids and loss curves
+
+Conventions: image files and the degradations hold uint8 BGR arrays (H, W, 3), as OpenCV does; networks see float RGB
+tensors (N, 3, 256, 256) in [-1, 1]. Importing this module has no side effects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, Sampler, random_split
+from torchvision import transforms
+
+# ======================================================================================================================
+# Settings and places
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every number of the project, once, with its unit. Change one with `dataclasses.replace(settings, name=value)`."""
+
+    profile: str = "full"
+    seed: int = 2024  # of the degradations, the split, the weights and the order of the batches
+
+    # faces
+    max_faces: int | None = None  # use only the first so many originals of the folder; None: all
+    portraits: int = 400  # synthetic portraits to draw where there is no folder of faces
+    portrait_size: int = 1024  # px
+
+    # step 1, degradation
+    noise_sigma: float = 25.0  # of 255, at whatever size the original has
+    saturation: tuple[float, float] = (0.3, 0.7)  # factor on S of HSV
+    value: tuple[float, float] = (0.6, 1.2)  # factor on V of HSV
+    polygons: int = 3  # holes in an occluded image
+    polygon_vertices: tuple[int, int] = (6, 10)
+    polygon_size: tuple[float, float] = (80.0, 200.0)  # px, longer side of the bounding box, in a 1024 px image
+    jpeg_quality: int = 95  # 4:4:4; lower, or with subsampled colour, JPEG would be a fourth degradation
+
+    # step 2, data
+    image_size: int = 256  # px, what the networks see
+    pretrain_validation: float = 0.2  # share of the originals
+    gan_validation: float = 0.1  # share of the originals, a subset of the above
+    pretrain_batch: int = 8
+    gan_batch: int = 4
+    flip: float = 0.5  # probability of mirroring a training pair
+    clean: float = 0.0  # probability that a training pair's degraded image is replaced by its original
+
+    # step 3, models
+    width: int = 64  # channels of the generator's first layer; the widest have 8 times as many
+    discriminator_width: int = 64
+    full_resolution_channels: int = 32  # of the generator's output layer, where the input joins as the last skip
+
+    # both trainings
+    hole_weight: float = 1.0  # of the loss that teaches the generator to find and fill holes, relative to L1
+    ema: float = 0.99  # decay of the average of the weights that is validated and saved
+    lr_gamma: float = 0.1  # StepLR's factor
+    sample_every: int = 1  # epochs
+    sample_faces: int = 2  # validation faces in every sample image, each in all three kinds
+
+    # step 4, pretraining
+    pretrain_epochs: int = 10
+    pretrain_lr: float = 1e-3  # Adam, PyTorch's default betas
+    pretrain_lr_step: int = 15  # epochs
+    patience: int = 10  # epochs without a better validation loss before stopping early
+    mse_weight: float = 0.1  # beside L1
+
+    # step 5, GAN training
+    gan_epochs: int = 10
+    generator_lr: float = 1e-4
+    discriminator_lr: float = 2e-4
+    gan_betas: tuple[float, float] = (0.5, 0.999)  # Radford et al. 2016
+    gan_lr_step: int = 25  # epochs
+    l1_weight: float = 100.0
+    every_second_batch_after: int = 10  # epochs; from then on the generator is trained on every second batch only
+    checkpoint_every: int = 10  # epochs
+
+
+PROFILES = {
+    "full": Settings(),
+    "quick": Settings(
+        profile="quick", max_faces=200, portraits=200, portrait_size=512, width=16, discriminator_width=16,
+        full_resolution_channels=16, gan_epochs=4, checkpoint_every=2,
+    ),
+    "smoke": Settings(
+        profile="smoke", max_faces=12, portraits=12, portrait_size=128, width=4, discriminator_width=4,
+        full_resolution_channels=4, pretrain_epochs=2, gan_epochs=2, checkpoint_every=1,
+    ),
+}  # fmt: skip
+
+
+def choose_settings(device: torch.device, environ: Mapping[str, str] = os.environ) -> Settings:
+    """The profile named by RESTORATION_PROFILE; without it `full` on a GPU and `quick` on a CPU."""
+    name = environ.get("RESTORATION_PROFILE") or ("full" if device.type == "cuda" else "quick")
+    if name not in PROFILES:
+        raise ValueError(f"RESTORATION_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things live: what is written (`outputs`, `degraded`) and, on Kaggle, what is attached (read-only)."""
+
+    platform: str
+    outputs: Path
+    degraded: Path
+    attached: Path | None = None
+
+
+def _kaggle_folder(root: Path) -> Path | None:
+    """The folder that holds Kaggle's `input` and `working`: at the root, or above the notebook or this module."""
+    above = [parent for start in (Path.cwd(), Path(__file__).resolve()) for parent in (start, *start.parents)]
+    candidates = [root / "kaggle", *(folder for folder in above if folder.name == "kaggle")]
+    return next((c for c in candidates if (c / "input").is_dir() and (c / "working").is_dir()), None)
+
+
+def find_places(root: str | Path = "/", environ: Mapping[str, str] = os.environ) -> Places:
+    """Kaggle: /kaggle/working. Elsewhere: outputs/ beside this module. OUTPUT_DIR overrides both.
+
+    `root` stands for the file system's root, so that a test can make up a Kaggle.
+    """
+    kaggle = _kaggle_folder(Path(root))
+    platform = "Kaggle" if kaggle else "Colab" if "COLAB_RELEASE_TAG" in environ else "local"
+    outputs = kaggle / "working" / "outputs" if kaggle else Path(__file__).resolve().parent / "outputs"
+    degraded = (kaggle / "working" if kaggle else outputs) / "fakefaces_degraded"
+    if environ.get("OUTPUT_DIR"):
+        outputs = Path(environ["OUTPUT_DIR"]).expanduser().resolve()
+        degraded = outputs / "fakefaces_degraded"
+    outputs.mkdir(parents=True, exist_ok=True)
+    return Places(platform, outputs, degraded, kaggle / "input" if kaggle else None)
+
+
+def choose_device(report: Callable[[str], None] = print) -> torch.device:
+    """CUDA if one convolution really runs on it, otherwise the CPU, with the reason.
+
+    A P100 answers `is_available()` and then fails: current PyTorch builds hold no kernels for it.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        F.conv2d(torch.ones(1, 1, 4, 4, device="cuda"), torch.ones(1, 1, 3, 3, device="cuda")).sum().item()
+        return torch.device("cuda")
+    except RuntimeError as error:
+        name = torch.cuda.get_device_name()
+        reason = str(error).splitlines()[0]
+        report(f"The GPU ({name}) cannot run this PyTorch ({reason}); using the CPU. On Kaggle choose 'GPU T4 x2'.")
+        return torch.device("cpu")
+
+
+def start(report: Callable[[str], None] = print) -> tuple[Settings, Places, torch.device]:
+    """What every notebook's setup cell calls: settings, places and device, and one line that names them."""
+    device = choose_device(report)
+    settings, places = choose_settings(device), find_places()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, OpenCV {cv2.__version__}"
+    outputs = os.path.relpath(places.outputs) if places.outputs.is_relative_to(Path.cwd().parent) else places.outputs
+    report(f"{versions} | {places.platform}, {name} | profile {settings.profile} | outputs in {outputs}")
+    return settings, places, device
+
+
+def check(claim: str, holds: bool, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
+    """Says whether what a notebook's prose promises held in this run.
+
+    With RESTORATION_STRICT=1 a broken promise is an AssertionError, except in `smoke`, which is too short to learn.
+    """
+    if not holds and environ.get("RESTORATION_STRICT") == "1" and settings.profile != "smoke":
+        raise AssertionError(f"does not hold in this run: {claim}")
+    print(f"holds: {claim}" if holds else f"DOES NOT HOLD in this run (profile {settings.profile}): {claim}")
+
+
+def derive_seed(*parts: object) -> int:
+    """A 64-bit seed from what it is for: (seed, kind, file name) of a degraded file, (seed, stage, epoch) of an epoch.
+
+    So nothing random depends on the order in which things happen, or on the number of workers.
+    """
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path` to write to, and renames it when that succeeded.
+
+    Whoever reads `path` finds the old file or the whole new one, never half of it. The suffix is kept, since
+    cv2.imwrite and savefig choose the format by it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes `content` as JSON, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+class _CellLine(io.TextIOBase):
+    """A stream for tqdm that shows its newest line in the notebook cell, replacing the one before.
+
+    Plain tqdm writes to stderr, and its widget needs ipywidgets; either leaves debris in a saved notebook.
+    """
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(self, text: str) -> int:
+        if line := text.strip("\r\n "):
+            self.handle.update({"text/plain": line}, raw=True)
+        return len(text)
+
+
+def progress(label: str, total: int, unit: str, initial: int = 0):
+    """A tqdm bar: one line in a notebook cell, a live bar on a terminal, nothing in a log file."""
+    from tqdm import tqdm
+
+    in_notebook = "ipykernel" in sys.modules
+    return tqdm(
+        desc=label, total=total, unit=unit, initial=initial, mininterval=0.5, ascii=" -#" if in_notebook else None,
+        file=_CellLine() if in_notebook else sys.stderr, disable=not (in_notebook or sys.stderr.isatty()),
+    )  # fmt: skip
+
+
+# ======================================================================================================================
+# Faces
+# ======================================================================================================================
+
+KINDS = ("noisy", "color", "occluded")  # of degradation, and the suffixes of their files
+MANIFEST = "degraded_manifest.json"  # lies in every folder of degraded images and says what made them
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """The one loader of image files: uint8 BGR (H, W, 3), EXIF orientation applied, as `cv2.imread` gives it.
+
+    16-bit images are brought to 8 bits, grey ones get three equal channels, transparency is dropped. Everything else
+    goes through here too, PIL included (`open_image`), so that every step sees the same pixels.
+
+    Raises ValueError, naming the file, if it cannot be read, is empty, truncated or no image.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if not content:
+        raise ValueError(f"{path}: the file is empty")
+    # OpenCV fills the missing part of a truncated JPEG with grey and says nothing: the end marker must follow the scan.
+    if content[:2] == b"\xff\xd8" and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+        raise ValueError(f"{path}: the JPEG is truncated")
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError(f"{path}: not an image that OpenCV can read")
+    return image
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The file as a PIL image in RGB, with exactly the pixels of `read_image`."""
+    return Image.fromarray(cv2.cvtColor(read_image(path), cv2.COLOR_BGR2RGB))
+
+
+def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality) -> None:
+    """Writes uint8 BGR (H, W, 3) atomically; a .jpg with the given quality and full colour resolution (4:4:4)."""
+    sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
+    path = Path(path)
+    is_jpeg = path.suffix.lower() in {".jpg", ".jpeg"}
+    with atomic(path) as temporary:
+        if not cv2.imwrite(str(temporary), image, options if is_jpeg else []):
+            raise OSError(f"{path}: OpenCV could not write the image (is the disk full, the format known?)")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """All image files below `folder`, sorted by relative path; hidden ones and our own degraded copies left out."""
+    found = []
+    for parent, folders, names in os.walk(folder):  # does not follow links, so a loop of them is no trap
+        folders[:] = [f for f in folders if not f.startswith(".") and not (Path(parent) / f / MANIFEST).exists()]
+        found += [Path(parent, n) for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
+    known = {path.with_suffix("") for path in found}
+
+    def is_degraded(path: Path) -> bool:  # x_noisy.jpg where x.jpg lies beside it
+        stem, _, kind = path.stem.rpartition("_")
+        return kind in KINDS and path.with_name(stem) in known
+
+    return sorted((path for path in found if not is_degraded(path)), key=lambda p: p.relative_to(folder).as_posix())
+
+
+# PORTRAIT-BEGIN
+
+
+UNIT, CENTRE = 0.31, np.array((0.5, 0.46))  # the head unit and the middle of the eyes as shares of the picture
+GRID = 256  # rows and columns of the reliefs that are lit: soft light needs no more
+SKINS = ((33, 42, 66), (46, 66, 104), (70, 98, 146), (94, 128, 178), (122, 155, 205), (152, 182, 226), (176, 198, 232))
+HAIRS = ((17, 17, 20), (24, 28, 40), (32, 42, 62), (44, 66, 98), (62, 100, 142), (100, 156, 196), (30, 58, 132))
+EYES = ((20, 30, 50), (30, 48, 74), (48, 82, 100), (80, 106, 84), (142, 118, 88), (146, 132, 112))
+CLOTHS = (
+    (238, 240, 240),
+    (27, 23, 22),
+    (80, 48, 36),
+    (44, 40, 120),
+    (76, 88, 70),
+    (120, 150, 176),
+    (104, 96, 92),
+    (66, 116, 186),
+    (140, 112, 74),
+    (130, 104, 140),
+    (184, 204, 218),
+    (244, 242, 240),
+)
+HEAD = (
+    (0, -1.02),
+    (0.26, -0.985),
+    (0.47, -0.86),
+    (0.61, -0.6),
+    (0.665, -0.3),
+    (0.67, 0.1),
+    (0.62, 0.34),
+    (0.53, 0.57),
+    (0.4, 0.79),
+    (0.19, 0.945),
+    (0, 0.995),
+)
+BODY = ((0.38, 0.4), (0.38, 0.9), (0.44, 1.12), (0.74, 1.3), (1.15, 1.42), (1.6, 1.6), (2.2, 2.5))
+NECKLINES = (
+    ((0, 1.34), (0.2, 1.32), (0.4, 1.22), (0.47, 1.08)),
+    ((0, 1.5), (0.3, 1.45), (0.5, 1.34), (0.6, 1.2)),
+    ((0, 1.1), (0.25, 1.06), (0.4, 0.93)),
+    ((0, 1.62), (0.12, 1.48), (0.3, 1.27), (0.45, 1.07)),
+)
+BUMPS = (  # relief of bones, nose and lips: x, y, width, height, rise
+    (0, 0.1, 0.06, 0.2, 0.08),
+    (0, 0.41, 0.085, 0.075, 0.15),
+    (0, 0.62, 0.2, 0.14, 0.06),
+    (0, 0.6, 0.12, 0.03, 0.025),
+    (0, 0.7, 0.11, 0.035, 0.04),
+    (0, 0.8, 0.12, 0.035, -0.035),
+    (0, 0.92, 0.13, 0.09, 0.07),
+    (0.26, -0.21, 0.18, 0.06, 0.04),
+    (0.29, 0, 0.15, 0.1, -0.085),
+    (0.14, -0.02, 0.05, 0.09, -0.045),
+    (0.29, 0.02, 0.1, 0.065, 0.06),
+    (0.115, 0.44, 0.05, 0.05, 0.075),
+    (0.4, 0.24, 0.14, 0.11, 0.05),
+    (0.34, 0.4, 0.1, 0.11, 0.02),
+    (0.2, -0.48, 0.2, 0.16, 0.03),
+    (0.43, 0.52, 0.1, 0.14, -0.04),
+    (0.6, -0.33, 0.08, 0.2, -0.04),
+    (0.28, 0.6, 0.04, 0.07, -0.035),
+)
+MORPHS = (  # how faces differ: x, y, reach, and the usual shift right and down there
+    (0.67, 0.15, 0.25, 0.025, 0),
+    (0.5, 0.62, 0.2, 0.035, 0),
+    (0, 1, 0.25, 0, 0.035),
+    (0.29, 0, 0.15, 0.012, 0),
+    (0.42, 0, 0.08, 0, 0.014),
+    (0.29, -0.07, 0.06, 0, 0.01),
+    (0.3, -0.22, 0.12, 0, 0.018),
+    (0.13, 0.44, 0.08, 0.02, 0),
+    (0, 0.44, 0.13, 0, 0.022),
+    (0.2, 0.64, 0.1, 0.02, 0),
+    (0, 0.72, 0.05, 0, 0.014),
+    (0, 0.58, 0.04, 0, 0.008),
+    (0.21, 0.64, 0.08, 0, -0.03),
+    (0.4, 1.0, 0.25, 0.05, 0),
+)
+UPPER_LID = np.array(((0.145, 0.022), (0.2, -0.038), (0.278, -0.06), (0.355, -0.045), (0.431, -0.008)))
+LOWER_LID = np.array(((0.431, -0.008), (0.355, 0.03), (0.285, 0.041), (0.208, 0.035), (0.145, 0.022)))
+CREASES = (  # shadows and lights on the face: points, width, tint, strength in youth, more in old age, blur
+    (UPPER_LID - (0, 0.036), 0.02, 0.5, 0.8, 0, 0.006),
+    (LOWER_LID, 0.012, 0.3, 0.6, 0, 0.004),
+    (LOWER_LID + (0, 0.012), 0.014, 1.12, 0.7, 0, 0.004),
+    (LOWER_LID + (0, 0.06), 0.03, 0.76, 0.3, 0.5, 0.014),
+    (((0.025, 0.487), (0.055, 0.474), (0.094, 0.487)), 0.03, 0.2, 0.9, 0, 0.009),
+    (((0.125, 0.39), (0.15, 0.44), (0.13, 0.49)), 0.025, 0.5, 0.7, 0, 0.01),
+    (((0.15, 0.4), (0.22, 0.5), (0.275, 0.64)), 0.025, 0.6, 0.12, 0.6, 0.011),
+    (((0.2, 0.64), (0.21, 0.643), (0.225, 0.647)), 0.04, 0.5, 0.7, 0, 0.012),
+    (((0.44, 0), (0.5, -0.02), (0.55, -0.05)), 0.02, 0.6, 0, 0.5, 0.008),
+    (((0.44, 0.03), (0.55, 0.06)), 0.02, 0.6, 0, 0.5, 0.008),
+    (((0, -0.45), (0.3, -0.44)), 0.02, 0.6, 0, 0.5, 0.01),
+    (((0, -0.36), (0.2, -0.37), (0.36, -0.34)), 0.02, 0.6, 0, 0.5, 0.01),
+)
+BROW = np.array(((0.11, -0.15), (0.2, -0.2), (0.33, -0.225), (0.46, -0.175)))
+CHEEK = np.array(((0.64, 0.1), (0.56, 0.36), (0.4, 0.6), (0.22, 0.79), (0, 0.84)))
+JAW = np.array(((0.65, 0.27), (0.61, 0.56), (0.52, 0.8), (0.34, 0.99), (0, 1.07)))
+LIP = np.array(((0.01, 0.54), (0.08, 0.54), (0.16, 0.56))), np.array(((0.05, 0.62), (0.17, 0.625), (0.28, 0.72)))
+HAIRLINE = np.array(((0.65, 0.05), (0.63, -0.27), (0.52, -0.49), (0.27, -0.63), (0.08, -0.65)))
+CROWN = np.array(((0.7, 0.08), (0.74, -0.4), (0.64, -0.8), (0.36, -1.03), (0.1, -1.09)))
+
+
+def draw_person(rng):
+    """Draw the traits of one sitter: colours are BGR 0..1, age 0..1 runs from twenty to eighty years."""
+    woman, age, tone = bool(rng.random() < 0.5), rng.beta(1.1, 1.6), rng.uniform(0, 6)
+    skin = np.array([np.interp(tone, range(7), plane) for plane in zip(*SKINS)]) * rng.uniform(0.96, 1.04, 3) / 255
+    grey = np.clip((age - 0.5) * 3 + rng.normal(0, 0.25), 0, 1) if age > 0.4 else 0
+    hair = np.array(HAIRS[rng.integers(3 if tone < 3 else 7)]) * (1 - grey) + rng.uniform(110, 170) * grey
+    styles = "long long wavy wavy bob bun fringe curly" if woman else "short crop crop swept swept curly receding bald"
+    light = np.array((rng.choice((-1, 1)) * rng.uniform(0.2, 0.8), rng.uniform(-0.75, -0.3), 0.75))
+    warm, morph = np.array((-1, 0, 1)) * rng.uniform(-0.08, 0.12), rng.normal(0, 1, len(MORPHS)).clip(-2, 2)
+    morph[[1, 12, 13]] = morph[1] - woman, rng.uniform(-0.1, 1.2), 0.8 - 1.6 * woman  # jaw, smile and neck
+    hat, beards = rng.random() < 0.12, "none none stubble stubble full full moustache"
+    style = str(rng.choice(styles.split()))
+    if hat:  # a scarf hides the hair, a cap most of it
+        style = "bald" if woman else "short"
+    return dict(
+        woman=woman,
+        age=age,
+        skin=skin,
+        hair=hair / 255,
+        eyes=np.array(EYES[rng.integers(2 if tone < 3 else 6)]) / 255,
+        cloth=np.array(CLOTHS[rng.integers(12)]) / 255,
+        wool=np.array(CLOTHS[rng.integers(12)]) / 255,
+        hat=hat,
+        style=style,
+        neckline=int(rng.integers(5)),
+        glasses=rng.random() < 0.15 + 0.2 * age,
+        morph=morph,
+        part=rng.uniform(-0.3, 0.3),
+        length=rng.uniform(0.9, 1.7),
+        volume=rng.uniform(0.8, 0.98),
+        beard="none" if woman else str(rng.choice(beards.split())),
+        freckles=70 * (tone > 3.5 and rng.random() < 0.3),
+        teeth=0.05 * (morph[12] > 0.4 and rng.random() < 0.5),
+        turn=rng.uniform(-0.12, 0.12),
+        tilt=rng.normal(0, 0.06),
+        zoom=rng.uniform(1.04, 1.14),
+        shift=rng.uniform(-0.03, 0.03, 2),
+        light=np.float32(light / np.linalg.norm(light)),  # points from the face to the lamp
+        key=np.float32((1 + warm) * rng.uniform(0.95, 1.15)),
+        ambient=np.float32((1 - warm) * rng.uniform(0.12, 0.3)),
+    )
+
+
+def curve(points, steps=8):
+    """Run a smooth Catmull-Rom curve through control points along axis 0."""
+    p = np.asarray(points, np.float64)
+    more = np.concatenate((p[:1], p, p[-1:]))
+    a, b, c, d = (q[:, None] for q in (more[:-3], p[:-1], p[1:], more[3:]))
+    t = (np.arange(steps) / steps).reshape((-1,) + (1,) * (p.ndim - 1))
+    q = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * b - a - 3 * c + d)))
+    return np.concatenate((q.reshape((-1,) + p.shape[1:]), p[-1:]))
+
+
+def ribbon(points, width):
+    """Outline a smooth stroke through points that tapers at both ends."""
+    line = curve(points)
+    along = np.gradient(line, axis=0)
+    across = along[:, ::-1] * (-1, 1) / (np.linalg.norm(along, axis=1, keepdims=True) + 1e-9)
+    across *= width / 2 * np.sin(np.linspace(0.15, np.pi - 0.15, len(line)))[:, None]
+    return np.concatenate((line + across, (line - across)[::-1]))
+
+
+def oval(x, y, rx, ry, power=1.0):
+    """Outline an ellipse, squarer for powers below 1."""
+    unit = np.stack((np.cos(np.linspace(0, 2 * np.pi, 33)), np.sin(np.linspace(0, 2 * np.pi, 33))), 1)
+    return np.sign(unit) * np.abs(unit) ** power * (rx, ry) + (x, y)
+
+
+def mirror(half):
+    """Continue the right half of a line with its mirror image."""
+    return np.concatenate((half, np.asarray(half)[::-1] * (-1, 1)))
+
+
+def noise(rng, rows, columns, size):
+    """Smooth noise of about unit variance: a random grid stretched over a square picture."""
+    cells = rng.normal(0, 1.3, (rows, columns)).astype(np.float32)
+    return cv2.resize(cells, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def window(image, points, margin):
+    """Slices of the picture around points with a margin in head units, and the points in its 1/16 pixels."""
+    pixels, pad = (np.asarray(points) * UNIT + CENTRE) * len(image), margin * UNIT * len(image) + 2
+    low = np.clip(pixels.reshape(-1, 2).min(0) - pad, 0, len(image) - 1).astype(int)
+    high = np.clip(pixels.reshape(-1, 2).max(0) + pad, low + 1, len(image)).astype(int)
+    return np.s_[low[1] : high[1], low[0] : high[0]], np.round((pixels - low) * 16).astype(np.int32, order="C")
+
+
+def fill(image, outline, colour, alpha=1.0, blur=0.0, glaze=False):
+    """Paint the inside of an outline, softened by blur head units, with a colour or a picture; a glaze multiplies."""
+    part, pixels = window(image, outline, 3 * blur)
+    target, paint = image[part], np.asarray(colour, np.float32)
+    mask = cv2.fillPoly(np.zeros(target.shape[:2], np.uint8), [pixels], 255, cv2.LINE_AA, 4)
+    if blur * len(image) > 1:
+        mask = cv2.GaussianBlur(mask, (0, 0), blur * UNIT * len(image))
+    paint = target * paint if glaze else paint[part] if paint.ndim == 3 else paint
+    target += (paint - target) * (mask.astype(np.float32) * np.float32(alpha / 255))[..., None]
+
+
+def strands(image, lines, tones, colour, shine, alpha=0.9, solid=True):
+    """Paint hairs (hair, point, 2) with tones 0..1, if solid over soft darker hair, in the light of shine."""
+    part, pixels = window(image, lines, 0.1)
+    target, wide, colour = image[part], max(1, round(len(image) / 512)), np.asarray(colour, np.float32)
+    tone, mask = np.full(target.shape[:2], 50, np.uint8), np.zeros(target.shape[:2], np.uint8)
+    for line, value in zip(pixels, tones):
+        cv2.polylines(tone, [line], False, int(255 * value), wide, cv2.LINE_AA, 4)
+    if solid:
+        mask = cv2.fillPoly(mask, [around(pixels)], 255, cv2.LINE_AA, 4)
+        mask = cv2.GaussianBlur(mask, (0, 0), 0.013 * UNIT * len(image))
+    hairs = cv2.polylines(np.zeros_like(mask), list(pixels), False, int(255 * alpha), wide, cv2.LINE_AA, 4)
+    mask = cv2.max(mask, hairs)
+    tone, glow, gloss = tone[..., None].astype(np.float32) / 255, shine[part][..., :1], shine[part][..., 1:]
+    paint = colour * (0.3 + 1.3 * tone) * glow + gloss * tone * (0.4 * colour + 0.18)
+    target += (paint - target) * (mask.astype(np.float32) / 255)[..., None]
+
+
+def around(lines):
+    """Outline the area that neighbouring hairs (hair, point, 2) cover."""
+    return np.concatenate((lines[0], lines[:, -1], lines[-1, ::-1], lines[::-1, 0]))
+
+
+def background(rng, size):
+    """A studio backdrop or a blurred room: two colours, cloudy light, sometimes discs of bokeh, a vignette."""
+    base = rng.choice((rng.uniform(0.05, 0.5), rng.uniform(0.4, 0.97))) + rng.normal(0, 0.03, 3)
+    far = base + rng.normal(0, 0.1) + rng.normal(0, 0.03, 3)
+    y, x = np.mgrid[-1:1:128j, -1:1:128j].astype(np.float32)
+    ramp = 0.5 + rng.uniform(-0.5, 0.5) * x + rng.uniform(-0.5, 0.5) * y + 0.15 * noise(rng, 4, 4, 128)
+    image = (base + (far - base) * ramp[..., None]).astype(np.float32)
+    for _ in range(rng.integers(6, 18) if rng.random() < 0.35 else 0):
+        cx, cy = rng.uniform(-1.5, 1.5, 2)
+        r = rng.uniform(0.08, 0.25)
+        fill(image, oval(cx, cy, r, r), (base + 0.3) * 1.2, rng.uniform(0.04, 0.3), 0.03)
+    image = (image * (1.05 - 0.14 * (x * x + y * y))[..., None]).clip(0.02, 1).astype(np.float32)
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def relight(albedo, height, p, size, gloss=0.065):
+    """Light a relief (head units): wrapped Lambert light, cast shadows, darker hollows, a little sheen."""
+    light, step = p["light"], 1 / (UNIT * GRID)
+    gy, gx = np.gradient(height.astype(np.float32), step)
+    steep, side = np.sqrt(1 + gx * gx + gy * gy)[..., None], np.hypot(light[0], light[1])
+    height, blocked = np.float32(height), np.zeros(height.shape, np.float32)
+    for reach in np.arange(0.05, 0.4, 0.05):  # walk towards the lamp and note what stands in the way
+        shift = np.round(-light[1::-1] / side * reach / step).astype(int)
+        blocked = np.maximum(blocked, np.roll(height, shift, (0, 1)) - height - reach * light[2] / side)
+    clear = 1 - 0.75 * cv2.GaussianBlur(np.clip(blocked / 0.05, 0, 1), (0, 0), 0.02 / step)[..., None]
+    hollow = np.clip((cv2.GaussianBlur(height, (0, 0), 0.07 / step) - height) * 6, 0, 0.5)[..., None]
+    facing, half = (light[2] - light[0] * gx - light[1] * gy)[..., None] / steep, light + np.float32((0, 0, 1))
+    half = (half[2] - half[0] * gx - half[1] * gy)[..., None] / steep / np.linalg.norm(half)
+    wrap = np.float32((0.12, 0.18, 0.32))  # red light travels through skin and softens the edge of shadows
+    lit = np.clip((facing + wrap) / (1 + wrap), 0, 1) * clear * p["key"] + p["ambient"] * (0.6 + 0.4 / steep)
+    lit = np.float32(albedo) ** 2.2 * lit * (1 - hollow) + half.clip(0, 1) ** 18 * clear * p["key"] * gloss
+    return cv2.resize((lit.clip(0, 1) ** (1 / 2.2)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def bulge(half, depth):
+    """Relief of a round body, from the right half of its outline."""
+    y, x = (((np.arange(GRID) + 0.5) / GRID - c) / UNIT for c in CENTRE[::-1])
+    width = np.interp(y, half[:, 1], half[:, 0])[:, None] + 0.025
+    return depth * np.sqrt(np.clip(1 - np.abs(x / width) ** 2.4, 0, 1))
+
+
+def paint_body(rng, image, p):
+    """Neck, shoulders and clothes."""
+    head, body, edge, side = curve(HEAD), curve(BODY), curve(NECKLINES[min(p["neckline"], 3)]), p["light"][0]
+    garment = mirror(np.concatenate((edge, body[body[:, 1] > edge[-1, 1] + 0.07] * (1.03, 1) - (0, 0.04))))
+    bare = relight(p["skin"], bulge(body, 0.5), p, len(image))
+    fill(bare, mirror(head) * (0.95, 1) + (-0.16 * side, 0.15), (0.36, 0.36, 0.44), 0.9, 0.05, True)
+    fill(bare, garment - (0, 0.02), (0.5, 0.5, 0.55), 0.8, 0.02, True)
+    fill(image, mirror(body), bare)
+    folds = 0.04 * noise(rng, 10, 10, GRID) + 0.02 * noise(rng, 6, 30, GRID)
+    worn = relight(p["cloth"], bulge(body * (1.04, 1) - (0, 0.05), 0.45) + folds, p, len(image), 0.01)
+    fill(image, garment, worn)
+    flap = np.array(((0.38, 0.98), (0.5, 1.08), (0.5, 1.4), (0.3, 1.5), (0.02, 1.62)))
+    for k in (-1, 1):
+        fill(image, ribbon(edge[::5] * (k, 1) + (0, 0.06), 0.02), (0.6, 0.6, 0.6), 0.6, 0.008, True)
+        if p["neckline"] == 4:
+            fill(image, flap * (k, 1) + (0, 0.03), (0.5, 0.5, 0.5), 0.7, 0.025, True)
+            fill(image, flap * (k, 1), np.minimum(worn * 1.1 + 0.01, 1))
+
+
+def paint_head(rng, image, p):
+    """Ears and the lit skin of the head."""
+    head, skin, height = curve(HEAD), p["skin"], bulge(curve(HEAD) * 1.04, 0.62)
+    y, x = (((np.arange(GRID) + 0.5) / GRID - c) / UNIT for c in CENTRE[::-1])
+    height *= np.sqrt(np.clip(1 - np.abs(y / 1.06) ** 4, 0, 1))[:, None]
+    for bx, by, wide, high, rise in BUMPS:
+        row = np.exp(-0.5 * ((x - bx) / wide) ** 2) + (bx > 0) * np.exp(-0.5 * ((x + bx) / wide) ** 2)
+        height += rise * np.outer(np.exp(-0.5 * ((y - by) / high) ** 2), row)
+    ear = curve(((0.62, -0.1), (0.71, -0.13), (0.755, -0.02), (0.73, 0.17), (0.68, 0.32), (0.6, 0.3)))
+    for k in (-1, 1):
+        fill(image, ear * (k, 1), skin * (0.85, 0.85, 0.95) * (0.78 + 0.22 * np.sign(k * p["light"][0])))
+        fill(image, ear * (0.35 * k, 0.7) + (0.45 * k, 0.03), (0.5, 0.5, 0.6), 0.8, 0.02, True)
+    albedo = (skin * (1 + 0.01 * noise(rng, 110, 110, GRID)[..., None] * (1.6, 1.3, 0.7))).astype(np.float32)
+    for cx, cy, r in ((-0.42, 0.3, 0.14), (0.42, 0.3, 0.14), (0, 0.41, 0.08), (0, 0.9, 0.1)):
+        fill(albedo, oval(cx, cy, r, r * 0.8), (0.86, 0.88, 1.03), 0.8, 0.07, True)
+    for cx, cy in rng.normal((0, 0.2), (0.27, 0.12), (p["freckles"], 2)):
+        fill(albedo, oval(cx, cy, 0.01, 0.009), (0.62, 0.7, 0.82), rng.uniform(0.2, 0.8), 0.004, True)
+    fill(image, mirror(head), relight(albedo, height, p, len(image)), 1, 0.006)
+
+
+def paint_eye(image, p, k):
+    """One eye: shaded white, iris, lids; k is -1 for the picture's left, 1 for its right."""
+    skin, side, r, (x, y) = p["skin"], np.sign(p["light"][0]), 0.059, (0.285 * k + 0.1 * p["turn"], -0.009)
+    upper, lower = UPPER_LID * (k, 1), LOWER_LID * (k, 1)
+    fill(image, curve(upper + (0, -0.02)), (0.72, 0.7, 0.78), 0.5, 0.03, True)
+    ball = image.copy()  # painted whole, then shown through the opening between the lids
+    fill(ball, oval(0.285 * k, 0, 0.17, 0.1), (0.75, 0.78, 0.81), 0.7)
+    fill(ball, oval(0.16 * k, 0.02, 0.022, 0.015), skin * (0.7, 0.7, 1), 0.6, 0.006)
+    for share, colour, blur in ((1, p["eyes"] * 0.3, 0.004), (0.8, p["eyes"], 0.01), (0.4, (0.02, 0.02, 0.02), 0.003)):
+        fill(ball, oval(x, y, r * share, r * share), colour, 0.96, blur)
+    fill(ball, oval(x - 0.015 * side, y + 0.028, 0.038, 0.022), (1.7, 1.7, 1.7), 0.6, 0.01, True)
+    fill(ball, ribbon(upper + (0, 0.012), 0.065), (0.4, 0.38, 0.38), 0.85, 0.01, True)
+    fill(ball, oval(x + 0.03 * side, y - 0.024, 0.011, 0.012), (1, 1, 1), 0.9, 0.002)
+    fill(image, np.concatenate((curve(upper), curve(lower))), ball, 1, 0.003)
+    lash = upper + np.outer((0, 0, 0, 0.3, 1), (0.025 * k, -0.012)) * p["woman"]
+    fill(image, ribbon(lash, 0.024 + 0.01 * p["woman"]), skin * 0.12, 0.9, 0.004)
+
+
+def paint_mouth_and_folds(image, p):
+    """Lips as warm glazes over lit skin, the line between them or teeth; then all the creases of the face."""
+    side, gap = 0.03 * p["light"][0], p["teeth"]
+    seam = np.array(((-0.212, 0.643), (-0.1, 0.643), (0, 0.65), (0.1, 0.643), (0.212, 0.643)))
+    parted = seam[::-1] + np.outer((0, 0.8, 1, 0.8, 0), (0, gap))
+    top = mirror(((0.212, 0.643), (0.11, 0.6), (0.035, 0.583), (0, 0.593)))
+    bottom = mirror(((0.212, 0.643), (0.11, 0.703 + gap), (0, 0.738 + gap)))
+    inside = np.concatenate((curve(seam), curve(parted)))
+    fill(image, inside, (0.08, 0.06, 0.16), 0.95 * (gap > 0), 0.003)
+    fill(image, inside * (0.84, 0.8) + (0, 0.13), (0.72, 0.79, 0.83), 0.85 * (gap > 0), 0.006)
+    tint = np.array((0.62, 0.55, 0.85)) if p["woman"] else np.array((0.74, 0.70, 0.90))
+    fill(image, np.concatenate((curve(top), curve(seam))), tint * 0.86, 0.9, 0.006, True)
+    fill(image, np.concatenate((curve(bottom), curve(parted[::-1]))), tint, 0.9, 0.007, True)
+    for x, y, rx, ry, shade in (
+        (side, 0.39, 0.03, 0.025, 1.25),
+        (side, 0.695 + gap, 0.07, 0.014, 1.2),
+        (0, 0.785 + gap, 0.1, 0.02, 0.8),
+    ):
+        fill(image, oval(x, y, rx, ry), (shade, shade, shade), 0.8, 0.014, True)
+    for line in (seam, parted):
+        fill(image, ribbon(line, 0.02), p["skin"] * (0.2, 0.18, 0.32), 0.7, 0.005)
+    for points, width, tint, young, old, blur in CREASES:
+        for k in (-1, 1):
+            outline, alpha = ribbon(points, width) * (k, 1), np.clip(young + old * (p["age"] * 1.4 - 0.4), 0, 1)
+            fill(image, outline, (tint, tint, tint**0.8), alpha, blur, True)
+
+
+def hair_shine(p, size):
+    """Glow and gloss of hair for every pixel: a lit ball with a bright band around the crown."""
+    x, y = np.meshgrid(*(((np.arange(64) + 0.5) / 64 - c) / UNIT for c in CENTRE))
+    radius, light = np.hypot(x, y / 1.2 + 0.04), p["light"]
+    facing = x * light[0] + (y / 1.2 + 0.04) * light[1] + light[2] * np.sqrt(np.clip(1 - radius * radius, 0.05, 1))
+    gloss = np.exp(-(((radius - 0.74) / 0.1) ** 2)) * np.clip(0.2 + x * light[0] - y * 0.6, 0, 1)
+    return cv2.resize(np.dstack((0.4 + 0.75 * facing.clip(0, 1), gloss)).astype(np.float32), (size, size))
+
+
+def comb(rng, guides, count, wave=0.0, curl=0.0):
+    """Grow hairs (hair, point, 2) in clumps between guide hairs (point, guide, 2); returns them and their tones."""
+    guides = np.asarray(guides, np.float64)
+    place = np.sort(rng.random(count)) * (guides.shape[1] - 1.001)
+    left, share, clump = place.astype(int), (place % 1)[:, None], np.arange(count) * 26 // count
+    loose = np.linspace(0.25, 1, len(guides))[:, None, None] * min(np.ptp(guides, (0, 1)).max() * 0.015, 0.016)
+    lines = guides[:, left] * (1 - share) + guides[:, left + 1] * share
+    lines += loose * (1.3 * rng.normal(0, 1, (26, 2))[clump] + rng.normal(0, 1, (count, 2)))
+    lines = curve(lines, 20 if curl else 7)
+    s = np.linspace(0, 1, len(lines))[:, None]
+    lines += (s**3 * rng.uniform(-0.25, 0, count))[..., None] * (lines[-1] - lines[len(lines) // 2])  # uneven ends
+    lines[..., 0] += wave * s * np.sin(2 * np.pi * (2.3 * s + 0.5 * rng.random(26)[clump]))
+    turns = 2 * np.pi * (s * rng.uniform(3, 6, count) + rng.random(count))
+    lines += curl * np.minimum(1, 4 * s)[..., None] * np.stack((np.cos(turns), np.sin(turns)), -1)
+    tones = np.clip(0.42 + rng.normal(0, 0.14, 26)[clump] + rng.normal(0, 0.14, count), 0.05, 1)
+    return lines.transpose(1, 0, 2), tones
+
+
+def parted_hair(part, wide, end):
+    """Guides of hair that falls from a parting to both sides, as wide as x and down to y."""
+    low = -0.1 + (end + 0.1) * 0.5
+    for k in (-1, 1):
+        inner = (
+            (part - 0.02 * k, -0.7),
+            (0.27 * k + 0.4 * part, -0.61),
+            (0.52 * k, -0.4),
+            (0.625 * k, -0.12),
+            (0.66 * k, low),
+            (0.66 * k, end),
+        )
+        outer = (
+            (part * 0.8 - 0.02 * k, -1.12),
+            (0.3 * k + 0.3 * part, -1.07),
+            (0.6 * k, -0.86),
+            ((0.4 * wide + 0.43) * k, -0.5),
+            (wide * k, low),
+            ((wide - 0.03) * k, end + 0.05),
+        )
+        yield np.stack((inner, outer), 1)
+
+
+def raised_hair(style):
+    """Guides of hair that rises from the hairline to the outline of the head."""
+    rise = {"curly": 0.2, "swept": 0.12, "crop": 0.05, "receding": -0.02}.get(style, 0.02)
+    line = HAIRLINE + ((0, 0), (0, 0), (0.02, -0.08), (0.02, -0.2), (0, -0.14)) * np.array(style == "receding")
+    line, top = mirror(line), mirror(CROWN * (1 + 0.6 * rise, 1 + rise))
+    return np.stack((line, (line + top) / 2 - (0, 0.4 * rise), top))
+
+
+def paint_hair(rng, image, p, shine, behind):
+    """The hair behind the neck, or that on the head with its shadow."""
+    style, x, head = p["style"], np.linspace(-1, 1, 7), mirror(curve(HEAD))
+    end, long = 0.72 if style == "bob" else p["length"], style in ("long", "wavy", "bob", "fringe")
+    wave, curl = {"wavy": (0.07, 0), "curly": (0, 0.03)}.get(style, (0.05 * p["volume"] - 0.035, 0))
+    tail, bun = ((0.8, -0.6), (0.8, 0.2), (0.8, end)), ((0.22, -0.95), (0.36, -1.18), (0.18, -1.36))
+    rows = {"fringe": ((0.3, -1.06), (0.5, -0.8), (0.58, -0.5), (0.6, -0.27))}.get(style, ())
+    if behind:
+        rows, patches = tail if long else bun if style == "bun" else (), []
+    elif long or style == "short":
+        patches = list(parted_hair(p["part"], *((p["volume"], end) if long else (0.72, -0.08))))
+    else:
+        patches = [] if style == "bald" else [raised_hair(style)]
+    patches += [np.stack([np.stack((x * a, y + 0.1 * x * x), 1) for a, y in rows])] if rows else []
+    for guides in patches:
+        lines, tones = comb(rng, guides, 420, wave, curl)
+        shaded = image.copy()  # hair throws its shadow on the head only
+        fill(shaded, around(lines) + (-0.05 * p["light"][0], 0.05), (0.55, 0.52, 0.58), 0.7, 0.04, True)
+        if not behind:
+            fill(image, head, shaded)
+        strands(image, lines, tones * (0.5 if behind else 1), p["hair"], shine)
+
+
+def paint_brows_and_beard(rng, image, p, shine):
+    """Eyebrows, stubble, moustache or beard: short hairs from a root line to a tip line over a soft shadow."""
+    beard, shaded = p["beard"], image.copy()
+    thick = np.outer((1, 0.9, 0.65, 0.1), (0, 0.026 - 0.008 * p["woman"]))
+    rows = [(BROW + thick, BROW - 0.6 * thick + (0.05, 0.008), 150)] + [LIP + (130,)] * (beard != "none")
+    rows += [
+        (CHEEK + (JAW - CHEEK) * a, CHEEK + (JAW - CHEEK) * (a + 0.4), 160)
+        for a in (0, 0.2, 0.4, 0.6)
+        if beard in ("stubble", "full")
+    ]
+    for root, tip, _ in rows:
+        for k in (-1, 1):
+            area, shade = np.concatenate((root, tip[::-1])) * (k, 1), np.minimum(1, p["hair"] * 0.5 + 0.5)
+            fill(shaded, area, shade, 0.6, 0.02, True)
+    fill(image, mirror(curve(HEAD)), shaded)
+    for root, tip, count in rows[:1] if beard == "stubble" else rows:
+        for k in (-1, 1):
+            lines, tones = comb(rng, np.stack((root, (root + tip) / 2 + (0.01, 0.005), tip)) * (k, 1), count)
+            strands(image, lines, tones * 0.9, p["hair"] * 0.8, shine * (1, 0), 0.45, False)
+
+
+def paint_glasses(image):
+    """Dark-rimmed glasses and the shadow they throw."""
+    rim = np.concatenate((oval(0.29, 0.03, 0.215, 0.15, 0.7), oval(0.29, 0.03, 0.197, 0.134, 0.7)))
+    bridge, temple = ((-0.09, 0), (0, -0.03), (0.09, 0)), ((0.5, -0.04), (0.6, -0.06), (0.68, -0.05))
+    for k in (-1, 1):
+        fill(image, (rim + (0, 0.03)) * (k, 1), (0.6, 0.6, 0.6), 0.5, 0.012, True)
+        for part in (rim, ribbon(bridge, 0.03), ribbon(temple, 0.03)):
+            fill(image, part * (k, 1), (0.05, 0.05, 0.07), 0.92, 0.003)
+
+
+def paint_hat(rng, image, p):
+    """A knitted cap, or for women a head scarf."""
+    inner = ((0, -0.62), (0.35, -0.55), (0.57, -0.25), (0.6, 0.15), (0.5, 0.6), (0.36, 0.84), (0.17, 0.99), (0, 1.03))
+    outer = ((0, -1.2), (0.45, -1.1), (0.76, -0.7), (0.83, -0.1), (0.78, 0.6), (0.9, 1.2), (1.1, 1.7), (0, 2.2))
+    folds = 0.012 * noise(rng, 9, 9, GRID) + 0.02 * noise(rng, 5, 24, GRID)
+    if not p["woman"]:
+        inner, folds = ((0.74, -0.2), (0.4, -0.33), (0, -0.37)), 0.008 * np.sin(np.arange(GRID) / 1.4)
+        outer = ((0, -1.25), (0.38, -1.17), (0.65, -0.88), (0.75, -0.5), (0.74, -0.2))
+    outline = mirror(np.concatenate((curve(outer), curve(inner)[:: 1 if not p["woman"] else -1])))
+    fill(image, outline + (-0.05 * p["light"][0], 0.05), (0.5, 0.48, 0.52), 0.8, 0.04, True)
+    fill(image, outline, relight(p["wool"], bulge(curve(outer), 0.7) + folds, p, len(image), 0.01), 1, 0.004)
+
+
+def pose(rng, image, p):
+    """Bend the picture to the sitter's features and pose, and a little more: no face is symmetric."""
+    y, x = (np.mgrid[0:96, 0:96] + 0.5) / 96
+    x, y = ((q - c - d) / (UNIT * p["zoom"]) for q, c, d in zip((x, y), CENTRE, p["shift"] * (1, 0.5)))
+    above = np.clip((1.5 - y) / 0.9, 0, 1)  # the shoulders stay where they are
+    x, y = x + p["tilt"] * above * (y - 0.9), y - p["tilt"] * above * x
+    x = x - p["turn"] * np.clip(1 - (x / 0.8) ** 2, 0, 1) * above
+    dx, dy = 0.006 * noise(rng, 7, 7, 96), 0.006 * noise(rng, 7, 7, 96)
+    for (mx, my, reach, right, down), amount in zip(MORPHS, p["morph"]):
+        weight = amount * np.exp(-((np.abs(x) - mx) ** 2 + (y - my) ** 2) / (reach * reach))
+        dx, dy = dx - right * weight * np.sign(x), dy - down * weight
+    to = [
+        cv2.resize(((q * UNIT + c) * len(image)).astype(np.float32), image.shape[:2], interpolation=cv2.INTER_CUBIC)
+        for q, c in zip((x + dx, y + dy), CENTRE)
+    ]
+    return cv2.remap(image, to[0], to[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def draw_portrait(rng: np.random.Generator, size: int = 512) -> np.ndarray:
+    """Paint one invented person as a uint8 BGR picture of size x size pixels."""
+    p = draw_person(rng)
+    image = background(rng, max(size, 384))  # thin hairs need pixels: smaller pictures are reduced at the end
+    shine = hair_shine(p, len(image))
+    paint_hair(rng, image, p, shine, True)
+    paint_body(rng, image, p)
+    paint_head(rng, image, p)
+    for k in (-1, 1):
+        paint_eye(image, p, k)
+    paint_mouth_and_folds(image, p)
+    paint_brows_and_beard(rng, image, p, shine)
+    paint_hair(rng, image, p, shine, False)
+    if p["hat"]:
+        paint_hat(rng, image, p)
+    if p["glasses"]:
+        paint_glasses(image)
+    image = cv2.resize(pose(rng, image, p), (size, size), interpolation=cv2.INTER_AREA)
+    image += 0.008 * rng.standard_normal((size, size, 1), np.float32)
+    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+# PORTRAIT-END
+
+
+def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
+    """Draws `count` synthetic portraits of `size` px as portrait_0000.jpg and so on; those already there are kept."""
+
+    def draw(index: int) -> None:
+        write_image(folder / f"portrait_{index:04d}.jpg", draw_portrait(np.random.default_rng([seed, index]), size))
+
+    missing = [i for i in range(count) if not (folder / f"portrait_{i:04d}.jpg").exists()]
+    if missing:
+        with progress("drawing portraits", len(missing), "face") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(draw, missing):
+                bar.update()
+
+
+class Faces(NamedTuple):
+    """The originals in use: their folder, what they are in words, and the files in a fixed order."""
+
+    folder: Path
+    source: str
+    files: list[Path]
+
+    def name(self, path: Path) -> str:
+        """How an original is called everywhere, whatever folder it lies in: its path relative to the faces folder."""
+        return path.relative_to(self.folder).as_posix()
+
+
+def _faces_folder(settings: Settings, places: Places, environ: Mapping[str, str]) -> tuple[Path, str]:
+    if environ.get("FACES_DIR"):
+        folder = Path(environ["FACES_DIR"]).expanduser().resolve()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"FACES_DIR names {folder}, which is not a folder")
+        return folder, f"photographs in {folder.name}/ (FACES_DIR)"
+    for pattern in ("fakefaces", "datasets/*/fakefaces", "*/fakefaces") if places.attached else ():
+        for folder in sorted(places.attached.glob(pattern)):
+            return folder, "StyleGAN portraits (the Kaggle data set fakefaces)"
+    if environ.get("RESTORATION_FACES") == "kaggle":
+        import kagglehub  # only on request: it needs the internet and 'pip install kagglehub'
+
+        return Path(kagglehub.dataset_download("hyperclaw79/fakefaces")), "StyleGAN portraits (fakefaces, downloaded)"
+    folder = places.outputs / f"synthetic_portraits_{settings.portraits}x{settings.portrait_size}px"
+    draw_portraits(folder, settings.portraits, settings.portrait_size, settings.seed)
+    return folder, f"synthetic portraits of {settings.portrait_size} px, drawn by this project"
+
+
+def find_faces(settings: Settings, places: Places, environ: Mapping[str, str] = os.environ) -> Faces:
+    """FACES_DIR, else Kaggle's fakefaces, else (RESTORATION_FACES=kaggle) its download, else synthetic portraits.
+
+    Raises FileNotFoundError if the folder holds no images.
+    """
+    folder, source = _faces_folder(settings, places, environ)
+    files = list_images(folder)
+    if not files:
+        raise FileNotFoundError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder} or its subfolders")
+    return Faces(folder, source, files[: settings.max_faces])
+
+
+# ======================================================================================================================
+# Degradation
+# ======================================================================================================================
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    """Rounds and clips floats on the 0..255 scale; a bare cast would wrap 256 round to 0."""
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def add_gaussian_noise(image: np.ndarray, rng: np.random.Generator, sigma: float = Settings.noise_sigma) -> np.ndarray:
+    """Adds Gaussian noise of mean 0 and standard deviation `sigma` (of 255), drawn for every pixel and channel.
+
+    uint8 (H, W, 3) in and out; the input is not changed.
+    """
+    return _to_uint8(image + sigma * rng.standard_normal(image.shape, dtype=np.float32))
+
+
+def distort_colors(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    saturation: tuple[float, float] = Settings.saturation,
+    value: tuple[float, float] = Settings.value,
+) -> np.ndarray:
+    """Fades the colours: multiplies S and V of HSV by one random factor each, drawn from the given ranges.
+
+    uint8 BGR (H, W, 3) in and out; the input is not changed. Computed in float, where hue is not cut to 180 steps and
+    values above the maximum are clipped, not wrapped.
+    """
+    hsv = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_BGR2HSV)
+    hsv[..., 1] *= rng.uniform(*saturation)
+    hsv[..., 2] *= rng.uniform(*value)
+    np.clip(hsv[..., 1:], 0, 1, out=hsv[..., 1:])
+    return _to_uint8(255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR))
+
+
+def _polygons(shape: Sequence[int], rng: np.random.Generator, settings: Settings) -> list[np.ndarray]:
+    """Corner points, int32 (vertices, 2) as x and y, of random star-shaped polygons inside an image of `shape`."""
+    height, width = shape[:2]
+    polygons = []
+    for _ in range(settings.polygons):
+        vertices = rng.integers(settings.polygon_vertices[0], settings.polygon_vertices[1] + 1)
+        angles = np.sort(rng.uniform(0, 2 * math.pi, vertices))
+        points = rng.uniform(0.5, 1, (vertices, 1)) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        points -= points.min(axis=0)
+        size = rng.uniform(*settings.polygon_size) * min(height, width) / 1024
+        points *= size / points.max()
+        points += rng.uniform(0, 1, 2) * np.maximum([width - 1, height - 1] - points.max(axis=0), 0)
+        polygons.append(np.rint(points).astype(np.int32))
+    return polygons
+
+
+def occlude_irregular(image: np.ndarray, rng: np.random.Generator, settings: Settings = PROFILES["full"]) -> np.ndarray:
+    """Covers 3 random polygons of 6 to 10 vertices with black, white or random noise, one choice per polygon.
+
+    uint8 (H, W, 3) in and out; the input is not changed. A polygon reaches 80 to 200 px across in a 1024 px image and
+    scales with min(H, W).
+    """
+    occluded = image.copy()
+    for polygon in _polygons(image.shape, rng, settings):
+        inside = cv2.fillPoly(np.zeros(image.shape[:2], np.uint8), [polygon], 1).astype(bool)
+        fill = ("black", "white", "noise")[rng.integers(3)]
+        if fill == "noise":
+            occluded[inside] = rng.integers(0, 256, (np.count_nonzero(inside), image.shape[2]), dtype=np.uint8)
+        else:
+            occluded[inside] = 255 if fill == "white" else 0
+    return occluded
+
+
+def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Settings = PROFILES["full"]) -> np.ndarray:
+    """What `occlude_irregular` covers in an image of `shape` from the same generator state: uint8 (H, W), 255 inside.
+
+    Masks are drawn again from the seed whenever they are needed, and never stored.
+    """
+    mask = np.zeros(tuple(shape[:2]), np.uint8)
+    for polygon in _polygons(shape, rng, settings):  # one at a time: together, fillPoly would leave overlaps open
+        cv2.fillPoly(mask, [polygon], 255)
+    return mask
+
+
+def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, settings: Settings) -> np.ndarray:
+    """One of the three degradations by the name of its kind, with the numbers of `settings`."""
+    if kind == "noisy":
+        return add_gaussian_noise(image, rng, settings.noise_sigma)
+    if kind == "color":
+        return distort_colors(image, rng, settings.saturation, settings.value)
+    if kind == "occluded":
+        return occlude_irregular(image, rng, settings)
+    raise ValueError(f"unknown kind of degradation {kind!r}; choose one of {', '.join(KINDS)}")
+
+
+def _recipe(settings: Settings) -> dict:
+    """What the bytes of a degraded file depend on beside the original and its name."""
+    used = ("seed", "noise_sigma", "saturation", "value", "polygons", "polygon_vertices", "polygon_size")
+    return json.loads(json.dumps({key: getattr(settings, key) for key in (*used, "jpeg_quality")}))
+
+
+def _output_stems(faces: Faces) -> dict[str, str]:
+    """The file stem of every original's degraded copies; where a stem is not unique a short hash of the path is added.
+
+    Otherwise a.jpg and a.png, or one/a.jpg and two/a.jpg, would overwrite each other's copies.
+    """
+    count = Counter(path.stem.casefold() for path in faces.files)
+    stems = {}
+    for path in faces.files:
+        name = faces.name(path)
+        unique = count[path.stem.casefold()] == 1
+        stems[name] = path.stem if unique else f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return stems
+
+
+def _read_manifest(folder: Path, settings: Settings) -> dict[str, dict]:
+    """The entries of a degraded folder by the originals' names; empty if other settings made it or it has none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["originals"] if manifest["recipe"] == _recipe(settings) else {}
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return {}  # nothing is lost by that: degraded images are made again from their seeds
+
+
+def _write_manifest(folder: Path, settings: Settings, originals: dict[str, dict]) -> None:
+    write_json(folder / MANIFEST, {"recipe": _recipe(settings), "originals": originals})
+
+
+def _manifest_entry(path: Path, stem: str) -> dict:
+    """One original's hash and its degraded files. Raises ValueError if it cannot be read."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    return {"sha256": digest, "files": [f"{stem}_{kind}.jpg" for kind in KINDS]}
+
+
+def _unfinished(faces: Faces, folder: Path, settings: Settings, pool: ThreadPoolExecutor) -> list[Path]:
+    """The originals whose degraded copies are missing from `folder` or were made from something else."""
+    manifest, stems = _read_manifest(folder, settings), _output_stems(faces)
+
+    def is_done(path: Path) -> bool:
+        entry = manifest.get(name := faces.name(path))
+        try:
+            return (
+                bool(entry)
+                and entry == _manifest_entry(path, stems[name])
+                and all((folder / file).exists() for file in entry["files"])
+            )
+        except ValueError:
+            return False
+
+    return [path for path, done in zip(faces.files, pool.map(is_done, faces.files)) if not done]
+
+
+def _estimate_bytes(files: Sequence[Path]) -> int:
+    """About how much the degraded copies will take, from the sizes in up to 50 file headers.
+
+    At quality 95 and 4:4:4 a noisy image takes about 1.7 bytes a pixel and the two others about 0.5 each.
+    """
+    pixels = []
+    for path in files[:: max(1, len(files) // 50)]:
+        with contextlib.suppress(OSError), Image.open(path) as image:
+            pixels.append(image.width * image.height)
+    return int(2.7 * len(files) * sum(pixels) / max(1, len(pixels)))
+
+
+def _check_space(files: Sequence[Path], folder: Path) -> None:
+    """Raises OSError before the work begins if its result will not fit on the disk."""
+    needed, room = _estimate_bytes(files), shutil.disk_usage(folder).free
+    if folder.parent.parts[-2:] == ("kaggle", "working"):  # Kaggle keeps 20 GB of it, however large the disk is
+        room = min(room, 20 * 10**9 - sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file()))
+    if needed > room:
+        raise OSError(
+            f"the degraded images of {len(files)} originals need about {needed / 1e9:.1f} GB, {folder} has room for "
+            f"{room / 1e9:.1f}; free some, or use fewer originals (max_faces in the settings)"
+        )
+
+
+class DegradeReport(NamedTuple):
+    """What `degrade_folder` did: originals degraded now, those found done, and those unreadable with the reason."""
+
+    made: int
+    kept: int
+    failed: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.made} originals degraded in {len(KINDS)} ways now, {self.kept} were already done"]
+        if self.failed:
+            lines.append(f"{len(self.failed)} could not be read and were left out:")
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.failed.items()])
+
+
+def _degrade_file(path: Path, faces: Faces, stem: str, folder: Path, settings: Settings) -> dict:
+    """Writes the degraded versions of one original and returns its manifest entry."""
+    entry, image = _manifest_entry(path, stem), read_image(path)
+    for kind, file in zip(KINDS, entry["files"]):
+        rng = np.random.default_rng(derive_seed(settings.seed, kind, faces.name(path)))
+        write_image(folder / file, degrade(image, kind, rng, settings), settings.jpeg_quality)
+    return entry
+
+
+def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int | None = None) -> DegradeReport:
+    """Writes the three degraded versions of every original to `folder`, in parallel, and a manifest of what made them.
+
+    The bytes depend on the original, its name and the settings only. What the manifest says is done is not made again,
+    so a second run does nothing and an interrupted one goes on. Originals are never touched.
+
+    Raises OSError if the result will not fit on the disk, ValueError if no original could be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest, stems, failed = _read_manifest(folder, settings), _output_stems(faces), {}
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # threads: OpenCV and NumPy release the lock
+        todo = _unfinished(faces, folder, settings, pool)
+        if not todo:
+            return DegradeReport(0, len(faces.files), {})
+        _check_space(todo, folder)
+        futures = {
+            pool.submit(_degrade_file, path, faces, stems[faces.name(path)], folder, settings): faces.name(path)
+            for path in todo
+        }
+        try:
+            with progress("degrading", len(todo), "original") as bar:
+                for number, future in enumerate(as_completed(futures), 1):
+                    try:
+                        manifest[futures[future]] = future.result()
+                    except ValueError as error:
+                        failed[futures[future]] = str(error)
+                    bar.update()
+                    if number % 500 == 0:  # a killed process then has little to do again
+                        _write_manifest(folder, settings, manifest)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            _write_manifest(folder, settings, manifest)
+    if len(failed) == len(faces.files):
+        raise ValueError("no original could be read:\n" + "\n".join(failed.values()))
+    return DegradeReport(len(todo) - len(failed), len(faces.files) - len(todo), dict(sorted(failed.items())))
+
+
+# ======================================================================================================================
+# Data
+# ======================================================================================================================
+
+
+class Pair(NamedTuple):
+    """A degraded image and its original: two files, the kind of damage, and what the report and the mask need."""
+
+    degraded: Path
+    original: Path
+    kind: str
+    name: str  # of the original
+    original_hash: str
+
+
+def prepare_pairs(
+    faces: Faces, places: Places, settings: Settings, report: Callable[[str], None] = print
+) -> list[Pair]:
+    """The pairs of every readable original, degraded first if that has not been done, and a line that says so.
+
+    Degraded images attached on Kaggle (the output of notebook 01) are used if they are complete and were made with the
+    same settings from the same originals; otherwise they are made again from the seed. Only what the manifest names
+    counts as a pair.
+    """
+    folder = places.degraded
+    attached = sorted(places.attached.rglob(MANIFEST)) if places.attached else []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        complete = [path.parent for path in attached if not _unfinished(faces, path.parent, settings, pool)]
+    if complete:
+        folder = complete[0]
+        report(f"Degraded images: those attached in {folder}")
+    else:
+        report(f"Degraded images: {degrade_folder(faces, folder, settings)}")
+    manifest = _read_manifest(folder, settings)
+    return [
+        Pair(folder / file, path, kind, name, manifest[name]["sha256"])
+        for path in faces.files
+        if (name := faces.name(path)) in manifest
+        for kind, file in zip(KINDS, manifest[name]["files"])
+    ]
+
+
+def faces_id(pairs: Sequence[Pair]) -> str:
+    """A short fingerprint of the originals, names and contents, that every checkpoint made from them carries."""
+    content = sorted({f"{pair.name} {pair.original_hash}" for pair in pairs})
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:12]
+
+
+class Splits(NamedTuple):
+    """The pairs of both stages. The GAN's validation faces are among the pretraining's, so no stage trains on them."""
+
+    pretrain_train: list[Pair]
+    pretrain_validation: list[Pair]
+    gan_train: list[Pair]
+    gan_validation: list[Pair]
+
+
+def split_pairs(pairs: Sequence[Pair], settings: Settings) -> Splits:
+    """Splits by original, never by file: 80 / 20 % for pretraining, 90 / 10 % for the GAN, nested, seeded.
+
+    `random_split` cuts one permutation of the originals into three: both stages' validation, the pretraining's
+    validation only, and both stages' training. Raises ValueError if there are too few originals for that.
+    """
+    names = sorted({pair.name for pair in pairs})
+    both = max(1, round(settings.gan_validation * len(names)))
+    pretrain = max(both, round(settings.pretrain_validation * len(names)))
+    if pretrain >= len(names):
+        raise ValueError(f"{len(names)} original(s) are too few to split: add faces")
+    sizes = [both, pretrain - both, len(names) - pretrain]
+    parts = random_split(names, sizes, torch.Generator().manual_seed(settings.seed))
+    part_of = {name: number for number, part in enumerate(parts) for name in part}
+    final, middle, train = ([pair for pair in pairs if part_of[pair.name] == number] for number in range(3))
+    return Splits(train, final + middle, train + middle, final)
+
+
+def image_transform(size: int = Settings.image_size) -> transforms.Compose:
+    """PIL image to float tensor (3, size, size) in [-1, 1]; bilinear with antialiasing, the aspect not kept."""
+    resize = transforms.Resize((size, size))
+    return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
+
+
+@lru_cache(maxsize=4096)  # at most 0.8 GB of 256 px images: small sets of faces are decoded only once
+def _resized(path: Path, modified: int, size: int) -> Image.Image:
+    """The file at the networks' size, kept in memory; `modified` is part of the key, so a changed file is read anew."""
+    return transforms.functional.resize(open_image(path), [size, size])
+
+
+class FaceRestorationGANDataset(Dataset):
+    """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with kind, name, hole.
+
+    `hole` is the occlusion's true mask, float (1, 256, 256) in [0, 1], drawn again from the seed; zero for other kinds.
+    An item is asked for by its index, or by (index, seed) to train with: the seed then decides whether the pair is
+    mirrored and whether the degraded image is replaced by its original (`flip` and `clean` in the settings).
+    """
+
+    def __init__(self, pairs: Sequence[Pair], settings: Settings = PROFILES["full"]) -> None:
+        self.pairs, self.settings = list(pairs), settings
+        self.transform = image_transform(settings.image_size)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, Tensor, dict]:
+        index, seed = item if isinstance(item, tuple) else (item, None)
+        pair = self.pairs[index]
+        degraded, original, hole = self._load(pair.degraded), self._load(pair.original), self._hole(pair)
+        if seed is not None:
+            mirror, clean = np.random.default_rng(seed).random(2)
+            if clean < self.settings.clean:
+                degraded, hole = original, torch.zeros_like(hole)
+            if mirror < self.settings.flip:
+                degraded, original, hole = degraded.flip(-1), original.flip(-1), hole.flip(-1)
+        return degraded, original, {"kind": pair.kind, "name": pair.name, "hole": hole}
+
+    def _load(self, path: Path) -> Tensor:
+        return self.transform(_resized(path, path.stat().st_mtime_ns, self.settings.image_size))
+
+    def _hole(self, pair: Pair) -> Tensor:
+        size = self.settings.image_size
+        if pair.kind != "occluded":
+            return torch.zeros(1, size, size)
+        with Image.open(pair.degraded) as image:
+            shape = (image.height, image.width)
+        rng = np.random.default_rng(derive_seed(self.settings.seed, pair.kind, pair.name))
+        mask = Image.fromarray(occlusion_mask(shape, rng, self.settings))
+        return transforms.functional.to_tensor(mask.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Networks' images (N, 3, H, W) in [-1, 1] as 8-bit values, uint8 of the same shape, clipped and rounded."""
+    return ((images.detach().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class EpochSampler(Sampler):
+    """Yields (index, seed) in an order that depends on the settings' seed, the stage and the epoch only.
+
+    So an epoch is the same whether or not the run was interrupted before it, and whatever the number of workers.
+    """
+
+    def __init__(self, length: int, seed: int, stage: str) -> None:
+        self.length, self.seed, self.stage, self.epoch = length, seed, stage, 1
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rng = np.random.default_rng(derive_seed(self.seed, self.stage, self.epoch))
+        order, seeds = rng.permutation(self.length), rng.integers(2**32, size=self.length)
+        yield from zip(order.tolist(), seeds.tolist())
+
+
+def make_loader(
+    pairs: Sequence[Pair], batch: int, settings: Settings, device: torch.device, stage: str | None = None
+) -> DataLoader:
+    """A loader of (degraded, original, info) batches; with `stage` a training loader, shuffled anew every epoch.
+
+    Workers and pinned memory only for a GPU: on the CPU they would take the cores from the training itself.
+    """
+    on_gpu = device.type == "cuda"
+    workers = min(4, os.cpu_count() or 1) if on_gpu else 0
+    sampler = EpochSampler(len(pairs), settings.seed, stage) if stage else None
+    dataset = FaceRestorationGANDataset(pairs, settings)
+    return DataLoader(
+        dataset, batch, sampler=sampler, num_workers=workers, pin_memory=on_gpu, persistent_workers=workers > 0
+    )
+
+
+# ======================================================================================================================
+# Models
+# ======================================================================================================================
+
+
+class EncoderLayer(nn.Sequential):
+    """Halves the image: LeakyReLU, convolution 4 x 4 with stride 2, batch norm.
+
+    The first layer has no activation before it and no norm; the last has no norm, since on its 1 x 1 map a batch of one
+    image has no variance. Batch norm, because the other common choice, instance norm, subtracts every image's mean and
+    with it the colour cast that is to be repaired.
+    """
+
+    def __init__(self, inputs: int, outputs: int, activation: bool = True, norm: bool = True) -> None:
+        layers = [nn.LeakyReLU(0.2)] if activation else []
+        layers.append(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=not norm))
+        super().__init__(*layers, *([nn.BatchNorm2d(outputs)] if norm else []))
+
+
+class DecoderLayer(nn.Sequential):
+    """Doubles the image: ReLU, transposed convolution 4 x 4 with stride 2, batch norm."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        upsample = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
+        super().__init__(nn.ReLU(), upsample, nn.BatchNorm2d(outputs))
+
+
+class Restoration(NamedTuple):
+    """What the generator thinks: `restored` is its output, the others are the parts that training supervises."""
+
+    restored: Tensor  # (N, 3, 256, 256) in [-1, 1]
+    hole: Tensor  # (N, 1, 256, 256), logits of the probability that a pixel was covered
+    fill: Tensor  # (N, 3, 256, 256) in [-1, 1], what to paint there
+
+
+class OutputLayer(nn.Module):
+    """Brings 128 x 128 features to the 256 x 256 image, with the degraded input itself as one more skip.
+
+    Restored means: keep what is good. So the layer starts as the identity on its input and learns three departures
+    from it: a colour transform of the whole image (predicted from the bottleneck, the only place that sees all of it), a
+    correction of every pixel, and a picture painted through Tanh into the holes that it detects. Colour and correction
+    go through Tanh as well, so the output lies in [-1, 1] whatever the weights.
+    """
+
+    def __init__(self, inputs: int, bottleneck: int, channels: int) -> None:
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1)
+        self.mix = nn.Conv2d(channels + 3, channels, 3, padding=1)
+        self.parts = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, fill, hole
+        self.color = nn.Linear(bottleneck, 3 * 5)
+        with torch.no_grad():
+            self.color.weight.zero_()
+            self.color.bias.zero_()
+            self.parts.weight[:3] *= 0.1
+            self.parts.bias[:] = torch.tensor([0.0] * 6 + [-3.0])  # holes are rare
+
+    def forward(self, features: Tensor, bottleneck: Tensor, degraded: Tensor) -> Restoration:
+        upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
+        mixed = F.relu(self.mix(torch.cat([upsampled, degraded], 1)))  # (N, C, 256, 256)
+        correction, fill, hole = self.parts(torch.cat([mixed, degraded], 1)).split([3, 3, 1], 1)
+        recolored = self._recolor(degraded, bottleneck)  # (N, 3, 256, 256)
+        limit = 1 - 1 / 255  # half an 8-bit step inside Tanh's open range
+        kept = torch.tanh(torch.atanh(recolored.clamp(-limit, limit)) + correction)
+        fill = torch.tanh(fill)
+        return Restoration(kept + torch.sigmoid(hole) * (fill - kept), hole, fill)
+
+    def _recolor(self, degraded: Tensor, bottleneck: Tensor) -> Tensor:
+        """Adds to every pixel a linear function of its R, G, B, max(R, G, B) and 1, one function per image.
+
+        Multiplying S and V of HSV by constants is exactly such a function, and so is undoing it:
+        with V = max(R, G, B), each channel c is V - V S h_c for an h_c that depends on the hue alone.
+        """
+        matrix = self.color(F.relu(bottleneck.flatten(1))).view(-1, 3, 5)
+        terms = torch.cat([degraded, degraded.amax(1, keepdim=True), torch.ones_like(degraded[:, :1])], 1)
+        return degraded + torch.einsum("nij,njhw->nihw", matrix, terms)
+
+
+class UNetGenerator(nn.Module):
+    """U-Net of Isola et al. 2017 (pix2pix): 8 encoder layers from 256 x 256 to 1 x 1, 7 decoder layers back to
+    128 x 128, each with the encoder's map of its size as a skip, and an output layer to 256 x 256 through Tanh.
+
+    Degraded RGB (N, 3, 256, 256) in [-1, 1] to restored RGB of the same shape and range. ValueError for other shapes.
+    """
+
+    def __init__(
+        self, width: int = Settings.width, full_resolution_channels: int = Settings.full_resolution_channels
+    ) -> None:
+        super().__init__()
+        widths = [width * factor for factor in (1, 2, 4, 8, 8, 8, 8, 8)]
+        self.encoder = nn.ModuleList([EncoderLayer(3, widths[0], activation=False, norm=False)])
+        for number in range(1, 8):
+            self.encoder.append(EncoderLayer(widths[number - 1], widths[number], norm=number < 7))
+        self.decoder = nn.ModuleList([DecoderLayer(widths[7], widths[6])])
+        for number in range(6, 0, -1):
+            self.decoder.append(DecoderLayer(2 * widths[number], widths[number - 1]))
+        self.output = OutputLayer(2 * widths[0], widths[7], full_resolution_channels)
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        return self.restore(degraded).restored
+
+    def restore(self, degraded: Tensor) -> Restoration:
+        """The restored images together with the detected holes and what was painted into them."""
+        check_images(degraded, "the generator")
+        x, maps = degraded, []
+        for layer in self.encoder:
+            x = layer(x)
+            maps.append(x)  # (N, W, 128, 128), (N, 2W, 64, 64), ... (N, 8W, 1, 1)
+        bottleneck = maps.pop()
+        for layer in self.decoder:
+            x = torch.cat([layer(x), maps.pop()], 1)  # (N, 16W, 2, 2), ... (N, 2W, 128, 128)
+        return self.output(x, bottleneck, degraded)
+
+
+def check_images(images: Tensor, who: str) -> None:
+    """Raises ValueError unless `images` is a batch (N, 3, 256, 256)."""
+    size = Settings.image_size
+    if images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise ValueError(f"{who} takes images of shape (N, 3, {size}, {size}), not {tuple(images.shape)}")
+
+
+class PatchGANDiscriminator(nn.Module):
+    """Judges pairs patch by patch (Isola et al. 2017): is this candidate the original that belongs to this degraded?
+
+    Two RGB batches (N, 3, 256, 256) in [-1, 1] to scores (N, 1, 30, 30), each from 70 x 70 px. No sigmoid: under the
+    least-squares loss with targets 1 and 0 the best score already is the probability that the patch is real (Mao et
+    al. 2017). ValueError for other shapes.
+    """
+
+    def __init__(self, width: int = Settings.discriminator_width) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(6, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for inputs, outputs, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):
+            layers.append(nn.Conv2d(inputs * width, outputs * width, 4, stride, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(outputs * width), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, stride=1, padding=1))
+
+    def forward(self, degraded: Tensor, candidate: Tensor) -> Tensor:
+        check_images(degraded, "the discriminator")
+        check_images(candidate, "the discriminator")
+        return self.layers(torch.cat([degraded, candidate], 1))  # (N, 6, 256, 256) to (N, 1, 30, 30)
+
+
+def build_generator(settings: Settings) -> UNetGenerator:
+    """A new generator, its weights drawn from the settings' seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(settings.seed, "generator"))
+        return UNetGenerator(settings.width, settings.full_resolution_channels)
+
+
+def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
+    """A new discriminator, its weights drawn from the settings' seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(settings.seed, "discriminator"))
+        return PatchGANDiscriminator(settings.discriminator_width)
+
+
+# ======================================================================================================================
+# Checkpoints
+# ======================================================================================================================
+
+CHECKPOINT_FORMAT = "face-restoration-1"
+_MAY_CHANGE = {"pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "sample_every", "sample_faces"}
+_GAN_ONLY = {
+    "gan_batch", "generator_lr", "discriminator_lr", "gan_betas", "gan_lr_step", "l1_weight", "discriminator_width",
+    "every_second_batch_after",
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """What a training run is made of, beside the networks: its settings, places, device and faces."""
+
+    settings: Settings
+    places: Places
+    device: torch.device
+    faces: str  # faces_id of all pairs
+
+    @property
+    def outputs(self) -> Path:
+        return self.places.outputs
+
+
+def save_checkpoint(path: Path, run: Run, **content: object) -> None:
+    """Saves tensors, numbers, strings and containers of them atomically, with what made them: settings and faces."""
+    made_by = {"format": CHECKPOINT_FORMAT, "settings": asdict(run.settings), "faces": run.faces}
+    with atomic(path) as temporary:
+        torch.save(made_by | content, temporary)
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """Loads one of this project's checkpoints. No code in it is ever run (`weights_only`).
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours or damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever the unpickler or the zip reader trips over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint of this project, or damaged ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of this project (format {CHECKPOINT_FORMAT})")
+    return content
+
+
+def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNetGenerator:
+    """The generator saved in `path`, at the width it was trained with, in eval mode and ready to restore.
+
+    Raises FileNotFoundError or ValueError as `load_checkpoint`, and ValueError if the file holds no generator.
+    """
+    content = load_checkpoint(path, device)
+    if "generator" not in content:
+        raise ValueError(f"{path}: a checkpoint of this project, but without a generator")
+    try:
+        generator = build_generator(Settings(**content["settings"]))
+        generator.load_state_dict(content["generator"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: made by another version of this project ({str(error).splitlines()[0]})") from error
+    return generator.to(device).eval()
+
+
+def find_artifact(name: str, run: Run) -> Path | None:
+    """The file of that name in the outputs or, failing that, the newest one in anything attached on Kaggle."""
+    if (run.outputs / name).is_file():
+        return run.outputs / name
+    attached = run.places.attached.rglob(name) if run.places.attached else ()
+    return max(attached, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def require_artifact(name: str, run: Run, notebook: str) -> Path:
+    """As `find_artifact`, but raises FileNotFoundError naming the notebook that makes the file, and where it looked."""
+    looked = " and ".join(str(folder) for folder in (run.outputs, run.places.attached) if folder)
+    if path := find_artifact(name, run):
+        return path
+    raise FileNotFoundError(f"{name} is missing: run notebook {notebook} first, it writes it (looked in {looked})")
+
+
+def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str] = ()) -> None:
+    """Raises ValueError naming what differs if a checkpoint was made by other settings or from other faces.
+
+    Longer schedules and the like may differ, and so may the settings named in `ignore`.
+    """
+    now, then = asdict(run.settings), content["settings"]
+    names = sorted((now.keys() | then.keys()) - _MAY_CHANGE - set(ignore))
+    differ = [f"{n} was {then.get(n)!r}, is {now.get(n)!r}" for n in names if now.get(n) != then.get(n)]
+    if content["faces"] != run.faces:
+        differ.append(f"its faces were {content['faces']}, these are {run.faces}")
+    if differ:
+        raise ValueError(
+            f"{path} was made by another run: {'; '.join(differ)}. Nothing was changed. Go back to those settings and "
+            "faces, move the file away, or choose another folder with OUTPUT_DIR"
+        )
+
+
+# ======================================================================================================================
+# Pretraining
+# ======================================================================================================================
+
+
+class Means:
+    """Means over images of named losses: every batch counts by its size, so a short last batch does not distort them.
+
+    Sums stay on the device until they are asked for.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: Counter[str] = Counter()
+
+    def add(self, losses: Mapping[str, Tensor], images: int) -> None:
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss.detach().double() * images
+            self.counts[name] += images
+
+    def result(self, where: str) -> dict[str, float]:
+        """The means so far. Raises FloatingPointError, saying `where`, if one is not finite."""
+        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
+            raise FloatingPointError(
+                f"{where}: the loss {', '.join(bad)} is not finite. The checkpoint of the epoch before is kept; "
+                "lower the learning rate, or look for damaged images, and run again"
+            )
+        return means
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; the mode of before comes back after."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)
+
+
+def average_of(network: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights and batch-norm statistics of `network`, with PyTorch's own class.
+
+    Under a constant learning rate the last step's weights jitter; their average over the last 1 / (1 - decay) steps
+    restores as well as weights after a decayed learning rate. Decay 0 is the network itself.
+    """
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Degraded, original and hole of a loader's batch on the device."""
+    degraded, original, info = batch
+    return tuple(tensor.to(device, non_blocking=True) for tensor in (degraded, original, info["hole"]))
+
+
+def image_losses(restored: Tensor, original: Tensor) -> dict[str, Tensor]:
+    """L1 and MSE, means over everything, of images in [-1, 1]."""
+    return {"l1": F.l1_loss(restored, original), "mse": F.mse_loss(restored, original)}
+
+
+def sample_batch(pairs: Sequence[Pair], run: Run) -> tuple[Tensor, Tensor]:
+    """Degraded and original of the first few validation faces in all kinds: the same ones in every epoch and notebook."""
+    names = list(dict.fromkeys(pair.name for pair in pairs))[: run.settings.sample_faces]
+    dataset = FaceRestorationGANDataset([pair for pair in pairs if pair.name in names], run.settings)
+    degraded, original, _ = zip(*dataset)
+    return torch.stack(degraded).to(run.device), torch.stack(original).to(run.device)
+
+
+def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Path) -> None:
+    """Writes a grid of sample images: degraded above restored above original, a column each, in their own range."""
+    degraded, original = samples
+    with evaluating(generator):
+        rows = torch.stack([degraded, generator(degraded), original])  # (3, N, 3, H, W)
+    pixels = to_pixels(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]).cpu()
+    grid = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (3 H, N W, 3)
+    write_image(path, np.ascontiguousarray(grid.numpy()[..., ::-1]))
+
+
+def hole_loss(restoration: Restoration, original: Tensor, hole: Tensor) -> Tensor:
+    """Teaches the detector where damage is, and the painter what belongs there, each on its own.
+
+    Cross-entropy of the detected against the true holes, plus the fill's L1 inside the true ones, times 10 since they
+    are few. Without the second term the painter only learns through a detector that is not yet sure.
+    """
+    detection = F.binary_cross_entropy_with_logits(restoration.hole, hole)
+    return detection + 10 * (hole * (restoration.fill - original).abs()).mean()
+
+
+def _save_training(path: Path, run: Run, parts: Mapping[str, Any], history: list[dict]) -> None:
+    save_checkpoint(path, run, history=history, **{name: part.state_dict() for name, part in parts.items()})
+
+
+def _resume_training(stage: str, run: Run, parts: Mapping[str, Any], ignore: Iterable[str]) -> list[dict]:
+    """Loads the stage's last checkpoint into `parts` and returns its history; an empty one if there is none."""
+    path = find_artifact(f"{stage}_last.pth", run)
+    if path is None:
+        return []
+    content = load_checkpoint(path, run.device)
+    check_same_run(path, content, run, ignore)
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    return content["history"]
+
+
+def train_epochs(
+    stage: str,
+    epochs: int,
+    run: Run,
+    parts: Mapping[str, Any],
+    loader: DataLoader,
+    step: Callable[[tuple, int, int], dict[str, Tensor]],
+    finish: Callable[[list[dict]], None],
+    stop: Callable[[list[dict]], bool] = lambda history: False,
+    ignore: Iterable[str] = (),
+) -> list[dict]:
+    """The loop around both trainings: resumes, trains epoch by epoch, logs, and saves `<stage>_last.pth` after each.
+
+    `parts` is all that has a state; `step(batch, epoch, number)` makes one update and returns its losses; `finish` gets
+    the history (one dict per epoch, the newest last), adds validation to it and saves what the stage saves. An epoch
+    depends on its number and on the state before it only, so a resumed run ends with the same bits.
+    """
+    history = _resume_training(stage, run, parts, ignore)
+    if history:
+        print(f"{stage}: {len(history)} of {epochs} epochs were already done")
+    first = len(history) + 1
+    with progress(stage, epochs * len(loader), "batch", (first - 1) * len(loader)) as bar:
+        for epoch in range(first, epochs + 1):
+            if stop(history):
+                print(f"{stage}: stopped early, no better validation loss for {run.settings.patience} epochs")
+                break
+            started, means, where = time.perf_counter(), Means(), f"{stage}, epoch {epoch}"
+            torch.manual_seed(derive_seed(run.settings.seed, stage, epoch))
+            loader.sampler.epoch = epoch
+            for number, batch in enumerate(loader):
+                means.add(step(batch, epoch, number), len(batch[0]))
+                bar.update()
+                if number % 20 == 19:
+                    means.result(where)
+            history.append({"epoch": epoch, **means.result(where)})
+            finish(history)
+            history[-1]["seconds"] = time.perf_counter() - started
+            _save_training(run.outputs / f"{stage}_last.pth", run, parts, history)
+            write_json(run.outputs / f"{stage}_history.json", history)
+            print(_epoch_line(history[-1], epochs))
+    return history
+
+
+def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
+    """One tidy line for the log: every value of the epoch by its name."""
+    values = [f"{name} {value:.3g}" for name, value in row.items() if name not in ("epoch", "seconds")]
+    return f"epoch {row['epoch']:2d}/{epochs}  " + "  ".join(values) + f"  {row['seconds']:.0f} s"
+
+
+def pretrain_step(
+    generator: UNetGenerator, optimizer: torch.optim.Optimizer, batch: tuple, run: Run
+) -> dict[str, Tensor]:
+    """One update of the generator on L1 + 0.1 MSE, plus the detector's loss; returns L1 and MSE."""
+    degraded, original, hole = to_device(batch, run.device)
+    restoration = generator.restore(degraded)
+    losses = image_losses(restoration.restored, original)
+    loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
+    if run.settings.hole_weight:
+        loss = loss + run.settings.hole_weight * hole_loss(restoration, original, hole)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return losses
+
+
+def validation_losses(generator: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
+    """L1 and MSE over a validation set: means over its images, in eval mode."""
+    means = Means()
+    with evaluating(generator):
+        for batch in loader:
+            degraded, original, _ = to_device(batch, device)
+            means.add(image_losses(generator(degraded), original), len(degraded))
+    return means.result("validation")
+
+
+def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: list[Pair], run: Run) -> list[dict]:
+    """Pretrains on L1 + 0.1 MSE with Adam and StepLR, stops early, and leaves the best weights in `generator`.
+
+    Writes pretrained_generator_best.pth, pretrain_last.pth (to go on from), pretrain_history.json and
+    pretrain_sample_epoch_*.png. Returns the history, one dict per epoch. Started again it goes on where it stopped, and
+    a finished run only reloads. Raises ValueError if other settings or faces made what is there, FloatingPointError if
+    a loss is not finite.
+    """
+    s, best = run.settings, run.outputs / "pretrained_generator_best.pth"
+    if best.is_file():
+        check_same_run(best, load_checkpoint(best), run, _GAN_ONLY)
+    generator.to(run.device)
+    optimizer = torch.optim.Adam(generator.parameters(), s.pretrain_lr)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, s.pretrain_lr_step, s.lr_gamma)
+    average = average_of(generator, s.ema)
+    loader = make_loader(train, s.pretrain_batch, s, run.device, "pretrain")
+    validation_loader = make_loader(validation, s.pretrain_batch, s, run.device)
+    samples = sample_batch(validation, run)
+
+    def step(batch: tuple, epoch: int, number: int) -> dict[str, Tensor]:
+        losses = pretrain_step(generator, optimizer, batch, run)
+        average.update_parameters(generator)
+        return losses
+
+    def finish(history: list[dict]) -> None:
+        row = history[-1]
+        row["loss"] = row.pop("l1") + s.mse_weight * row.pop("mse")
+        losses = validation_losses(average.module, validation_loader, run.device)
+        row |= {"val_loss": losses["l1"] + s.mse_weight * losses["mse"], "val_l1": losses["l1"]}
+        row["lr"] = scheduler.get_last_lr()[0]
+        scheduler.step()
+        if best_epoch(history) == row["epoch"]:
+            save_checkpoint(best, run, epoch=row["epoch"], generator=average.module.state_dict())
+        if row["epoch"] % s.sample_every == 0:
+            save_samples(average.module, samples, run.outputs / f"pretrain_sample_epoch_{row['epoch']}.png")
+
+    def stop(history: list[dict]) -> bool:
+        return len(history) - best_epoch(history) >= s.patience
+
+    parts = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+    history = train_epochs("pretrain", s.pretrain_epochs, run, parts, loader, step, finish, stop, _GAN_ONLY)
+    generator.load_state_dict(load_checkpoint(require_artifact(best.name, run, "04"), run.device)["generator"])
+    return history
+
+
+def best_epoch(history: Sequence[Mapping]) -> int:
+    """The epoch with the lowest validation loss, the first of equals; 0 for an empty history."""
+    return min(history, key=lambda row: row["val_loss"])["epoch"] if history else 0
+
+
+# ======================================================================================================================
+# GAN training
+# ======================================================================================================================
+
+
+def discriminator_step(
+    discriminator: PatchGANDiscriminator,
+    optimizer: torch.optim.Optimizer,
+    degraded: Tensor,
+    restored: Tensor,
+    original: Tensor,
+) -> dict[str, Tensor]:
+    """One update of the discriminator: real pairs towards 1, fake pairs towards 0, squared errors (Mao et al. 2017).
+
+    `restored` is detached: this step must not reach the generator, which would be pushed towards being found out.
+    """
+    real = discriminator(degraded, original)
+    fake = discriminator(degraded, restored.detach())
+    losses = {"d_real": F.mse_loss(real, torch.ones_like(real)), "d_fake": F.mse_loss(fake, torch.zeros_like(fake))}
+    optimizer.zero_grad()
+    (0.5 * (losses["d_real"] + losses["d_fake"])).backward()
+    optimizer.step()
+    return losses
+
+
+def generator_step(
+    discriminator: PatchGANDiscriminator,
+    optimizer: torch.optim.Optimizer,
+    degraded: Tensor,
+    restoration: Restoration,
+    original: Tensor,
+    hole: Tensor,
+    settings: Settings,
+) -> dict[str, Tensor]:
+    """One update of the generator, whose output `restoration` is: fool the discriminator, and 100 x L1.
+
+    Gradients flow through the discriminator to the generator, but the discriminator itself is frozen meanwhile.
+    """
+    discriminator.requires_grad_(False)
+    score = discriminator(degraded, restoration.restored)
+    discriminator.requires_grad_(True)
+    losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restoration.restored, original)}
+    loss = losses["g_adv"] + settings.l1_weight * losses["g_l1"]
+    if settings.hole_weight:
+        loss = loss + settings.l1_weight * settings.hole_weight * hole_loss(restoration, original, hole)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return losses
+
+
+def trains_generator(epoch: int, number: int, settings: Settings) -> bool:
+    """Whether batch `number` (from 0) of `epoch` (from 1) trains the generator: later on only every second one does."""
+    return epoch <= settings.every_second_batch_after or number % 2 == 0
+
+
+def train_gan(
+    generator: UNetGenerator,
+    discriminator: PatchGANDiscriminator,
+    train: list[Pair],
+    validation: list[Pair],
+    run: Run,
+) -> list[dict]:
+    """Trains generator and discriminator against each other (pix2pix); leaves the final generator in `generator`.
+
+    Starts from pretrained_generator_best.pth if it is there, and says loudly when it is not. Writes
+    face_restoration_gan_checkpoint_epoch_*.pth, face_restoration_generator_final.pth,
+    face_restoration_discriminator_final.pth, gan_last.pth (to go on from), gan_history.json and gan_sample_epoch_*.png.
+    Returns the history, one dict per epoch. Resumes, and raises, as `pretrain_generator`.
+    """
+    s, final = run.settings, run.outputs / "face_restoration_generator_final.pth"
+    if final.is_file():
+        check_same_run(final, load_checkpoint(final), run)
+    load_pretrained(generator, run)
+    generator.to(run.device)
+    discriminator.to(run.device)
+    optimizer_g = torch.optim.Adam(generator.parameters(), s.generator_lr, s.gan_betas)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), s.discriminator_lr, s.gan_betas)
+    schedulers = [torch.optim.lr_scheduler.StepLR(o, s.gan_lr_step, s.lr_gamma) for o in (optimizer_g, optimizer_d)]
+    average = average_of(generator, s.ema)
+    loader = make_loader(train, s.gan_batch, s, run.device, "gan")
+    validation_loader = make_loader(validation, s.gan_batch, s, run.device)
+    samples = sample_batch(validation, run)
+
+    def step(batch: tuple, epoch: int, number: int) -> dict[str, Tensor]:
+        degraded, original, hole = to_device(batch, run.device)
+        train_g = trains_generator(epoch, number, s)
+        with torch.set_grad_enabled(train_g):
+            restoration = generator.restore(degraded)
+        losses = discriminator_step(discriminator, optimizer_d, degraded, restoration.restored, original)
+        if train_g:
+            losses |= generator_step(discriminator, optimizer_g, degraded, restoration, original, hole, s)
+            average.update_parameters(generator)
+        return losses
+
+    def finish(history: list[dict]) -> None:
+        row, epoch = history[-1], history[-1]["epoch"]
+        row["val_l1"] = validation_losses(average.module, validation_loader, run.device)["l1"]
+        row["lr_g"], row["lr_d"] = (scheduler.get_last_lr()[0] for scheduler in schedulers)
+        for scheduler in schedulers:
+            scheduler.step()
+        if epoch % s.checkpoint_every == 0:
+            weights = {"generator": average.module.state_dict(), "discriminator": discriminator.state_dict()}
+            save_checkpoint(run.outputs / f"face_restoration_gan_checkpoint_epoch_{epoch}.pth", run, **weights)
+        if epoch % s.sample_every == 0:
+            save_samples(average.module, samples, run.outputs / f"gan_sample_epoch_{epoch}.png")
+
+    parts = {"generator": generator, "discriminator": discriminator, "average": average}
+    parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    parts |= {"scheduler_g": schedulers[0], "scheduler_d": schedulers[1]}
+    history = train_epochs("gan", s.gan_epochs, run, parts, loader, step, finish)
+    save_checkpoint(final, run, epoch=len(history), generator=average.module.state_dict())
+    discriminator_file = run.outputs / "face_restoration_discriminator_final.pth"
+    save_checkpoint(discriminator_file, run, epoch=len(history), discriminator=discriminator.state_dict())
+    generator.load_state_dict(average.module.state_dict())
+    return history
+
+
+def load_pretrained(generator: UNetGenerator, run: Run) -> bool:
+    """Loads the pretraining's best weights into `generator` if they are there; says so either way."""
+    name = "pretrained_generator_best.pth"
+    path = find_artifact(name, run)
+    if path is None:
+        print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH (run notebook 04 first)")
+        return False
+    content = load_checkpoint(path)
+    check_same_run(path, content, run, _GAN_ONLY)
+    generator.load_state_dict(content["generator"])
+    print(f"The generator starts from {path.name}, epoch {content['epoch']} of the pretraining")
+    return True
+
+
+# ======================================================================================================================
+# Evaluation and restoration
+# ======================================================================================================================
+
+
+def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
+    """PSNR in dB, SSIM and L1 (in levels of 255) of every image, (N,) each, on clipped and rounded 8-bit RGB values.
+
+    PSNR and SSIM (Wang et al. 2004) are torchmetrics'. Identical images have an infinite PSNR.
+    """
+    from torchmetrics.functional import image as metrics
+
+    x, y = to_pixels(images).double(), to_pixels(originals).double()
+    psnr = metrics.peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    ssim = metrics.structural_similarity_index_measure(x, y, data_range=255.0, reduction="none")
+    return {"psnr": psnr.view(-1), "ssim": ssim.view(-1), "l1": (x - y).abs().mean((1, 2, 3))}
+
+
+def evaluate_generator(generator: nn.Module, pairs: Sequence[Pair], run: Run) -> list[dict]:
+    """One row per image of `pairs`, and one per original passed through unharmed (kind `clean`).
+
+    A row has the kind, the name, and for each metric of `image_metrics` its value for the degraded and for the restored
+    image, as psnr_degraded, psnr_restored and so on.
+    """
+    clean = [pair._replace(degraded=pair.original, kind="clean") for pair in pairs if pair.kind == KINDS[0]]
+    rows = []
+    with evaluating(generator):
+        for degraded, original, info in make_loader(
+            [*pairs, *clean], run.settings.pretrain_batch, run.settings, run.device
+        ):
+            restored = generator(degraded.to(run.device)).cpu()
+            before, after = image_metrics(degraded, original), image_metrics(restored, original)
+            for i, (kind, name) in enumerate(zip(info["kind"], info["name"])):
+                row = {f"{metric}_degraded": values[i].item() for metric, values in before.items()}
+                row |= {f"{metric}_restored": values[i].item() for metric, values in after.items()}
+                rows.append({"kind": kind, "name": name} | row)
+    return rows
+
+
+def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000) -> tuple[float, float, float]:
+    """Mean and the bounds of its 95 % bootstrap interval (Efron 1979, percentiles of resampled means)."""
+    values = np.asarray(values, dtype=float)
+    means = values[np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def restore_pixels(photo: np.ndarray, generator: UNetGenerator) -> tuple[np.ndarray, np.ndarray]:
+    """What the network sees of a photo and what it makes of it: float RGB (h, w, 3) each on the 0..255 scale.
+
+    The longer side becomes 256 px; the rest of the network's square is filled by reflection and cut off again, so the
+    aspect is kept. `photo` is uint8 BGR (H, W, 3).
+    """
+    size, (height, width) = Settings.image_size, photo.shape[:2]
+    scale = size / max(height, width)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    rgb = Image.fromarray(cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)).resize((w, h), Image.Resampling.BILINEAR)
+    square = cv2.copyMakeBorder(np.asarray(rgb), 0, size - h, 0, size - w, cv2.BORDER_REFLECT)
+    device = next(generator.parameters()).device
+    with evaluating(generator):
+        restored = generator(image_transform(size)(Image.fromarray(square)).unsqueeze(0).to(device))
+    restored = (restored[0].permute(1, 2, 0).cpu().numpy() + 1) * 127.5
+    return np.asarray(rgb, dtype=np.float32), restored[:h, :w]
+
+
+def restore_image_gan(
+    source: str | Path, destination: str | Path, generator: UNetGenerator, network_size: bool = False
+) -> np.ndarray:
+    """Restores a photograph: reads `source`, writes `destination`, and returns what it wrote, uint8 BGR (H, W, 3).
+
+    Any image of any size that OpenCV reads: colour, grey, with transparency (which is dropped), 16-bit, palette,
+    EXIF-rotated. The result has the size it came in and keeps its sharpness: the network works at 256 px, and its
+    correction, not its picture, is scaled up and added to the photo, photo + upsample(G(small) - small). So noise finer
+    than the network's pixels stays. With `network_size` the network's own picture is written, 256 px on the longer side.
+
+    Raises ValueError if `source` cannot be read, or if `destination` is the source or has no known image suffix.
+    """
+    source, destination = Path(source), Path(destination)
+    if destination.resolve() == source.resolve():
+        raise ValueError(f"{destination}: the original would be overwritten; choose another name for the result")
+    if destination.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
+    photo = read_image(source)
+    small, restored = restore_pixels(photo, generator)
+    if network_size:
+        result = restored
+    else:
+        height, width = photo.shape[:2]
+        shrinks = max(height, width) < Settings.image_size
+        correction = cv2.resize(
+            restored - small, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        )
+        result = photo[..., ::-1] + correction
+    image = np.ascontiguousarray(_to_uint8(result)[..., ::-1])
+    write_image(destination, image)
+    return image
+
+
+# ======================================================================================================================
+# Figures
+# ======================================================================================================================
+
+
+def show_images(columns: Sequence[Sequence], rows: Sequence[str], captions: Sequence[Sequence[str]] = ()) -> plt.Figure:
+    """A grid of RGB images (arrays or PIL), column by column, with the rows' names at the left and captions below."""
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(2.1 * len(columns), (2.35 if captions else 2.1) * len(rows)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for x, column in enumerate(columns):
+        for y, image in enumerate(column):
+            axes[y, x].imshow(image, vmin=0, vmax=255, interpolation="antialiased")
+            axes[y, x].set(xticks=[], yticks=[])
+            if captions:
+                axes[y, x].set_xlabel(captions[x][y], fontsize=8)
+    for y, name in enumerate(rows):
+        axes[y, 0].set_ylabel(name)
+    return figure
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Saves a figure atomically at 110 dpi."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, str]], path: Path) -> plt.Figure:
+    """Curves over the epochs, a panel per title; `panels` maps title to {key of the history: label}."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        for key, label in curves.items():
+            rows = [row for row in history if key in row]
+            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker="o", markersize=3, label=label)
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    save_figure(figure, path)
+    return figure
+
+
+def plot_pretrain_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
+    """Training and validation loss of the pretraining (L1 + 0.1 MSE), drawn and saved as `path`."""
+    curves = {"loss": "training (damaged and mirrored pairs)", "val_loss": "validation (averaged weights)"}
+    return _plot_curves(history, {"Pretraining: L1 + 0.1 MSE": curves}, path)
+
+
+def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
+    """The discriminator's, the adversarial and the L1 losses of the GAN training, drawn and saved as `path`."""
+    panels = {
+        "Discriminator (0.25: it cannot tell)": {"d_real": "on real pairs", "d_fake": "on fake pairs"},
+        "Generator, adversarial": {"g_adv": "(D(fake) - 1)²"},
+        "Generator, L1": {"g_l1": "training", "val_l1": "validation (averaged weights)"},
+    }
+    return _plot_curves(history, panels, path)
+
+
+def compare_results(generator: nn.Module, pairs: Sequence[Pair], run: Run, path: Path, sets: int = 5) -> plt.Figure:
+    """Shows `sets` sets of (degraded, restored, original) with PSNR and SSIM below, and saves them as `path`."""
+    degraded, original, info = next(iter(make_loader(pairs[:sets], sets, run.settings, torch.device("cpu"))))
+    with evaluating(generator):
+        restored = generator(degraded.to(run.device)).cpu()
+    before, after = image_metrics(degraded, original), image_metrics(restored, original)
+    columns, captions = [], []
+    for i, name in enumerate(info["name"]):
+        images = to_pixels(torch.stack([degraded[i], restored[i], original[i]])).permute(0, 2, 3, 1).numpy()
+        columns.append(list(images))
+        scores = [f"{m['psnr'][i]:.1f} dB, SSIM {m['ssim'][i]:.3f}" for m in (before, after)]
+        captions.append([*scores, f"{info['kind'][i]}: {name}"])
+    figure = show_images(columns, ("degraded", "restored", "original"), captions)
+    save_figure(figure, path)
+    return figure
