@@ -287,7 +287,7 @@ def read_image(path: str | Path) -> np.ndarray:
     if not content:
         raise ValueError(f"{path}: the file is empty")
     # OpenCV fills the missing part of a truncated JPEG with grey and says nothing: the end marker must follow the scan.
-    if content[:2] == b"\xff\xd8" and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+    if content[:2] == b"\xff\xd8" and content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda"):
         raise ValueError(f"{path}: the JPEG is truncated")
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:

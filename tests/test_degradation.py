@@ -1,0 +1,196 @@
+"""The three degradations, and degrading a folder of originals."""
+
+import colorsys
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections import namedtuple
+
+import cv2
+import numpy as np
+import pytest
+import restoration_utils as ru
+from conftest import TINY
+from PIL import Image
+
+
+def grey(level, size=256):
+    return np.full((size, size, 3), level, np.uint8)
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.jpg"))}
+
+
+@pytest.mark.parametrize("kind", ru.KINDS)
+def test_degradations_keep_shape_and_input_and_follow_the_seed(kind):
+    image = np.random.default_rng(1).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    before = image.copy()
+    first, again, other = (ru.degrade(image, kind, np.random.default_rng(seed), TINY) for seed in (5, 5, 6))
+    assert first.shape == image.shape and first.dtype == np.uint8
+    assert np.array_equal(image, before)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_noise_has_mean_0_and_sigma_25():
+    difference = ru.add_gaussian_noise(grey(128), np.random.default_rng(0)).astype(float) - 128
+    assert abs(difference.mean()) < 0.3
+    assert abs(difference.std() - 25) < 0.3
+    assert abs(np.corrcoef(difference[..., 0].ravel(), difference[..., 1].ravel())[0, 1]) < 0.02  # per channel
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_noise_clips_instead_of_wrapping(level):
+    noisy = ru.add_gaussian_noise(grey(level), np.random.default_rng(0)).astype(float)
+    assert np.abs(noisy - level).max() < 6 * 25
+    assert np.mean(noisy == level) > 0.45
+
+
+def test_color_multiplies_s_and_v_as_colorsys_does():
+    image = np.array([[[40, 90, 180], [200, 120, 60], [10, 200, 30]]], np.uint8)
+    rng = np.random.default_rng(3)
+    s_factor, v_factor = rng.uniform(0.3, 0.7), rng.uniform(0.6, 1.2)
+    result = ru.distort_colors(image, np.random.default_rng(3))
+    for pixel, changed in zip(image[0], result[0]):
+        h, s, v = colorsys.rgb_to_hsv(*(pixel[::-1] / 255))
+        expected = np.array(colorsys.hsv_to_rgb(h, s * s_factor, min(1, v * v_factor)))[::-1] * 255
+        assert np.abs(changed - expected).max() <= 1
+
+
+def test_color_factors_cover_their_ranges_and_bright_pixels_do_not_wrap():
+    pure_red = np.array([[[0, 0, 250]]], np.uint8)
+    results = np.array([ru.distort_colors(pure_red, np.random.default_rng(s))[0, 0] for s in range(300)], float)
+    value, saturation = results.max(1) / 250, 1 - results.min(1) / results.max(1)
+    assert 0.59 < value.min() < 0.63 and value.max() == pytest.approx(255 / 250, abs=0.01)  # clipped at white
+    assert 0.29 < saturation.min() < 0.33 and 0.67 < saturation.max() < 0.71
+
+
+@pytest.mark.parametrize("size", [1024, 512, 256])
+def test_polygons_have_the_size_and_the_number_of_corners_of_the_spec(size):
+    spans, corners = [], []
+    for seed in range(60):
+        polygons = ru._polygons((size, size, 3), np.random.default_rng(seed), TINY)
+        assert len(polygons) == 3
+        for polygon in polygons:
+            assert polygon.min() >= 0 and polygon.max() < size
+            spans.append(np.ptp(polygon, axis=0).max() * 1024 / size)
+            corners.append(len(polygon))
+    slack = 1024 / size
+    assert 80 - slack <= min(spans) < 90 and 190 < max(spans) <= 200 + slack
+    assert set(corners) == {6, 7, 8, 9, 10}
+
+
+def test_mask_is_exactly_what_is_covered_and_the_rest_is_untouched():
+    fills = set()
+    for seed in range(40):
+        image = grey(128, 300)
+        occluded = ru.occlude_irregular(image, np.random.default_rng(seed))
+        mask = ru.occlusion_mask(image.shape, np.random.default_rng(seed)) > 0
+        assert np.array_equal(occluded[~mask], image[~mask])
+        changed = (occluded != image).any(-1)
+        assert changed[mask].mean() > 0.999  # a noise pixel may be 128 in all channels by chance
+        fills |= {int(level) for level in np.unique(occluded[mask]) if level in (0, 255)}
+    assert fills == {0, 255}
+
+
+def test_folder_bytes_do_not_depend_on_the_number_of_workers(faces, tmp_path):
+    for workers in (1, 4):
+        ru.degrade_folder(faces, tmp_path / str(workers), TINY, workers)
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "4")
+    assert len(hashes(tmp_path / "1")) == 30
+    one = ru.Faces(faces.folder, "", faces.files[7:8])  # nor on what else is in the folder
+    ru.degrade_folder(one, tmp_path / "one", TINY)
+    assert hashes(tmp_path / "one").items() <= hashes(tmp_path / "1").items()
+
+
+def test_originals_are_not_touched_and_a_second_run_does_nothing(faces, tmp_path):
+    originals = hashes(faces.folder)
+    assert ru.degrade_folder(faces, tmp_path / "d", TINY)[:2] == (10, 0)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
+    report = ru.degrade_folder(faces, tmp_path / "d", TINY)
+    assert report[:2] == (0, 10) and "already done" in str(report)
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
+    assert hashes(faces.folder) == originals
+
+
+def test_only_what_is_missing_or_changed_is_made_again(faces, tmp_path):
+    ru.degrade_folder(faces, tmp_path / "d", TINY)
+    (tmp_path / "d" / "face_3_noisy.jpg").unlink()
+    ru.write_image(faces.files[5], grey(90, 64))
+    assert ru.degrade_folder(faces, tmp_path / "d", TINY)[:2] == (2, 8)
+    for changed in (dataclasses.replace(TINY, seed=1), dataclasses.replace(TINY, noise_sigma=30.0)):
+        assert ru.degrade_folder(faces, tmp_path / "d", changed).made == 10
+
+
+def test_an_interrupted_run_goes_on(faces, tmp_path, monkeypatch):
+    calls, write = [], ru.write_image
+
+    def interrupted(path, *rest):
+        calls.append(path)
+        if len(calls) > 12:
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(ru, "write_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ru.degrade_folder(faces, tmp_path / "d", TINY, workers=1)
+    monkeypatch.setattr(ru, "write_image", write)
+    report = ru.degrade_folder(faces, tmp_path / "d", TINY)
+    assert report.kept >= 3 and report.made + report.kept == 10
+    ru.degrade_folder(faces, tmp_path / "whole", TINY)
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "whole")
+
+
+def test_unreadable_files_are_named_and_skipped(faces, tmp_path):
+    (faces.folder / "empty.jpg").touch()
+    (faces.folder / "text.jpg").write_text("not a picture")
+    content = faces.files[0].read_bytes()
+    (faces.folder / "half.jpg").write_bytes(content[: len(content) // 2])
+    more = ru.Faces(faces.folder, "", ru.list_images(faces.folder))
+    report = ru.degrade_folder(more, tmp_path / "d", TINY)
+    assert report.made == 10 and set(report.failed) == {"empty.jpg", "text.jpg", "half.jpg"}
+    assert all(name in str(report) for name in report.failed) and "truncated" in str(report)
+    only = ru.Faces(faces.folder, "", [faces.folder / "empty.jpg"])
+    with pytest.raises(ValueError, match=r"empty\.jpg"):
+        ru.degrade_folder(only, tmp_path / "none", TINY)
+
+
+def test_same_stem_twice_and_degraded_files_among_the_originals(faces, places):
+    picture = ru.read_image(faces.files[0])
+    ru.write_image(faces.folder / "face_0.png", picture)
+    ru.write_image(faces.folder / "sub" / "face_1.jpg", picture)
+    ru.write_image(faces.folder / "face_2_noisy.jpg", picture)
+    ru.write_image(faces.folder / "lonely_color.jpg", picture)  # has no original beside it: an original itself
+    files = ru.list_images(faces.folder)
+    assert len(files) == 13 and "face_2_noisy.jpg" not in {path.name for path in files}
+    pairs = ru.prepare_pairs(ru.Faces(faces.folder, "", files), places, TINY)
+    assert len({pair.degraded for pair in pairs}) == 39
+
+
+def test_jpeg_is_written_at_quality_95_without_colour_subsampling(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    ru.write_image(tmp_path / "a.jpg", picture)
+    Image.fromarray(picture).save(tmp_path / "reference.jpg", quality=95, subsampling="4:4:4")
+    ours, reference = Image.open(tmp_path / "a.jpg"), Image.open(tmp_path / "reference.jpg")
+    assert [layer[1:3] for layer in ours.layer] == [(1, 1)] * 3
+    assert ours.quantization == reference.quantization
+
+
+def test_too_little_space_is_said_before_anything_is_written(faces, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**6, 10**6 - 100, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="room for"):
+        ru.degrade_folder(faces, tmp_path / "d", TINY)
+    assert not list((tmp_path / "d").glob("*.jpg"))
+
+
+def test_the_manifest_says_what_made_each_file(faces, places, pairs):
+    manifest = json.loads((places.degraded / ru.MANIFEST).read_text())
+    assert manifest["recipe"]["seed"] == TINY.seed and manifest["recipe"]["noise_sigma"] == 25
+    assert manifest["originals"]["face_4.jpg"]["sha256"] == hashlib.sha256(faces.files[4].read_bytes()).hexdigest()
+    pair = next(p for p in pairs if p.name == "face_4.jpg" and p.kind == "occluded")
+    rng = np.random.default_rng(ru.derive_seed(TINY.seed, "occluded", "face_4.jpg"))
+    expected = ru.occlude_irregular(ru.read_image(faces.files[4]), rng)
+    written = cv2.imread(str(pair.degraded))
+    assert np.abs(written.astype(int) - expected).mean() < 2

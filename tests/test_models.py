@@ -1,0 +1,95 @@
+"""Both networks: layers, shapes, ranges, and what they refuse."""
+
+import pytest
+import restoration_utils as ru
+import torch
+from conftest import TINY
+from torch import nn
+
+
+def test_full_size_generator_has_the_layers_and_widths_of_the_spec():
+    with torch.device("meta"):
+        generator, discriminator = ru.UNetGenerator(), ru.PatchGANDiscriminator()
+    down = [m for layer in generator.encoder for m in layer if isinstance(m, nn.Conv2d)]
+    up = [m for layer in generator.decoder for m in layer if isinstance(m, nn.ConvTranspose2d)]
+    assert [m.out_channels for m in down] == [64, 128, 256, 512, 512, 512, 512, 512]
+    assert [m.out_channels for m in up] == [512, 512, 512, 512, 256, 128, 64]
+    assert [m.in_channels for m in up] == [512, 1024, 1024, 1024, 1024, 512, 256]  # from the second on with a skip
+    assert all((m.kernel_size, m.stride) == ((4, 4), (2, 2)) for m in down + up)
+    judge = [m for m in discriminator.layers if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in judge] == [64, 128, 256, 512, 1]
+    assert [m.stride[0] for m in judge] == [2, 2, 2, 1, 1] and judge[0].in_channels == 6
+    assert not any(isinstance(m, nn.Sigmoid) for m in discriminator.modules())
+
+
+def test_maps_go_down_to_1_and_back_and_the_output_is_in_range():
+    generator, sizes = ru.build_generator(TINY), []
+    for layer in [*generator.encoder, *generator.decoder]:
+        layer.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-1]))
+    restored = generator(torch.rand(1, 3, 256, 256) * 2 - 1)  # one image, in training mode
+    assert sizes == [128, 64, 32, 16, 8, 4, 2, 1, 2, 4, 8, 16, 32, 64, 128]
+    assert restored.shape == (1, 3, 256, 256)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.mul_(30)  # whatever the weights
+        restored = generator(torch.rand(2, 3, 256, 256) * 2 - 1)
+    assert restored.abs().max() <= 1
+
+
+def test_every_skip_matters():
+    generator = ru.build_generator(TINY).eval()
+    image = torch.rand(1, 3, 256, 256) * 2 - 1
+    with torch.no_grad():
+        generator.output.color.weight.normal_()
+        before = generator(image)
+        for layer in generator.encoder:
+            handle = layer.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+            assert not torch.equal(generator(image), before)
+            handle.remove()
+
+
+def test_the_recoloring_family_contains_the_exact_inverse_of_the_color_damage():
+    s, v = 0.5, 0.8
+    original = torch.rand(1, 3, 256, 256) * 2 - 1
+    unit = (original + 1) / 2
+    top = unit.amax(1, keepdim=True)
+    faded = (v * (top - s * (top - unit))) * 2 - 1
+    layer = ru.build_generator(TINY).output
+    # in [0, 1]: c = c' / (v s) + max' (1 / v - 1 / (v s)); the constant carries it over to [-1, 1]
+    matrix = torch.zeros(3, 5)
+    matrix[:, :3] = torch.eye(3) * (1 / (v * s) - 1)
+    matrix[:, 3] = 1 / v - 1 / (v * s)
+    matrix[:, 4] = 1 / v - 1
+    with torch.no_grad():
+        layer.color.weight.zero_()
+        layer.color.bias.copy_(matrix.flatten())
+        result = layer._recolor(faded, torch.zeros(1, 8 * TINY.width, 1, 1))
+    assert torch.allclose(result, original, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 128, 128), (1, 3, 256, 255), (1, 1, 256, 256), (3, 256, 256)])
+def test_other_shapes_are_refused_by_the_networks_themselves(shape):
+    wrong, right = torch.zeros(shape), torch.zeros(1, 3, 256, 256)
+    with pytest.raises(ValueError, match=r"256, 256"):
+        ru.build_generator(TINY)(wrong)
+    for pair in ((wrong, right), (right, wrong)):
+        with pytest.raises(ValueError, match="discriminator"):
+            ru.build_discriminator(TINY)(*pair)
+
+
+def test_discriminator_gives_30_x_30_scores_of_70_x_70_px_and_sees_both_images():
+    discriminator = ru.build_discriminator(TINY).eval()
+    images = [torch.rand(1, 3, 256, 256, requires_grad=True) for _ in range(2)]
+    scores = discriminator(*images)
+    assert scores.shape == (1, 1, 30, 30)
+    scores[0, 0, 15, 15].backward()
+    for image in images:
+        rows, columns = torch.nonzero(image.grad[0].abs().sum(0), as_tuple=True)
+        assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (70, 70)
+
+
+def test_building_is_seeded_and_leaves_the_global_random_state_alone():
+    state = torch.get_rng_state()
+    first, second = ru.build_generator(TINY).state_dict(), ru.build_generator(TINY).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(state, torch.get_rng_state())

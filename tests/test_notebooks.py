@@ -1,0 +1,111 @@
+"""All six notebooks, executed in order as a reader or CI does, and what they promise to write."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import restoration_utils as ru
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROMISED = [  # every file name of the description
+    "pretrained_generator_best.pth",
+    "pretrain_sample_epoch_*.png",
+    "pretrain_loss_curves.png",
+    "face_restoration_gan_checkpoint_epoch_*.pth",
+    "face_restoration_generator_final.pth",
+    "face_restoration_discriminator_final.pth",
+    "gan_sample_epoch_*.png",
+    "comparison_batch_*.png",
+    "metrics.json",
+]
+
+
+def execute(notebooks, folder, timeout=600, **variables):
+    """Runs copies of the notebooks in `folder` with nbconvert; raises with the error's text if one fails."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("RESTORATION_")}
+    environ = {k: v for k, v in environ.items() if k not in ("FACES_DIR", "OUTPUT_DIR")} | variables
+    for notebook in notebooks:
+        shutil.copy(notebook, folder)
+        command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
+        command += [f"--ExecutePreprocessor.timeout={timeout}", str(folder / notebook.name)]
+        done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def outputs_of(notebook):
+    return [output for cell in json.loads(notebook.read_text())["cells"] for output in cell.get("outputs", [])]
+
+
+def assert_promises(outputs, degraded, folder):
+    for pattern in PROMISED:
+        assert list(outputs.glob(pattern)), f"{pattern} is missing"
+    for kind in ru.KINDS:
+        assert list(degraded.glob(f"*_{kind}.jpg"))
+    for notebook in sorted(folder.glob("0*.ipynb")):
+        assert not [o for o in outputs_of(notebook) if o.get("name") == "stderr" or o["output_type"] == "error"]
+
+
+def test_there_are_six_with_one_setup_cell_and_outputs_of_one_clean_run():
+    names = "create_degraded_images prepare_data build_models pretrain_generator train_gan evaluate_and_visualize"
+    assert [path.stem for path in NOTEBOOKS] == [f"0{i}_{name}" for i, name in enumerate(names.split(), 1)]
+    setups = set()
+    for path in NOTEBOOKS:
+        code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        setups.add("".join(code[0]["source"]))
+        assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+        assert not [o for o in outputs_of(path) if o.get("name") == "stderr" or o["output_type"] == "error"]
+        assert path.stat().st_size < 1_500_000
+    assert len(setups) == 1
+
+
+def test_smoke_profile_runs_all_six_in_order(tmp_path):
+    output = tmp_path / "outputs"
+    variables = {"RESTORATION_PROFILE": "smoke", "OUTPUT_DIR": str(output)}
+    work = tmp_path / "notebooks"
+    work.mkdir()
+    shutil.copy(ROOT / "restoration_utils.py", tmp_path)  # found in the parent folder
+    execute(NOTEBOOKS, work, **variables)
+    assert_promises(output, output / "fakefaces_degraded", work)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert set(metrics["mean_over_faces"]) == {*ru.KINDS, "clean"}
+    best = output / "pretrained_generator_best.pth"
+    before = best.stat().st_mtime_ns
+    execute(NOTEBOOKS[3:4], work, **variables)  # a finished stage that is run again only reloads
+    assert best.stat().st_mtime_ns == before
+
+
+def test_a_made_up_kaggle_runs_with_nothing_but_the_profile_set(tmp_path):
+    kaggle = tmp_path / "kaggle"
+    working = kaggle / "working"
+    working.mkdir(parents=True)
+    for number in range(12):
+        picture = ru.draw_portrait(np.random.default_rng(number), 128)
+        ru.write_image(kaggle / "input" / "fakefaces" / "images" / f"{number}.jpg", picture)
+    repository = kaggle / "input" / "restoration-notebooks"
+    repository.mkdir()
+    shutil.copy(ROOT / "restoration_utils.py", repository)
+    execute(NOTEBOOKS, working, RESTORATION_PROFILE="smoke")
+    assert_promises(working / "outputs", working / "fakefaces_degraded", working)
+    assert "fakefaces" in json.loads((working / "outputs" / "metrics.json").read_text())["made_by"]["faces"]
+    assert not list((working / "outputs").glob("synthetic*"))
+
+
+def test_06_without_05_names_the_notebook_that_is_missing(tmp_path):
+    variables = {"RESTORATION_PROFILE": "smoke", "OUTPUT_DIR": str(tmp_path / "o")}
+    shutil.copy(ROOT / "restoration_utils.py", tmp_path)
+    with pytest.raises(AssertionError, match="05_train_gan"):
+        execute(NOTEBOOKS[5:], tmp_path, **variables)
+
+
+@pytest.mark.slow
+def test_quick_profile_keeps_what_the_notebooks_promise(tmp_path):
+    shutil.copy(ROOT / "restoration_utils.py", tmp_path)
+    variables = {"RESTORATION_PROFILE": "quick", "RESTORATION_STRICT": "1", "OUTPUT_DIR": str(tmp_path / "o")}
+    execute(NOTEBOOKS, tmp_path, timeout=3000, **variables)
+    assert_promises(tmp_path / "o", tmp_path / "o" / "fakefaces_degraded", tmp_path)

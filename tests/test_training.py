@@ -1,0 +1,252 @@
+"""Update steps, both training loops, schedules that fire, resuming, and checkpoints."""
+
+import copy
+import dataclasses
+
+import pytest
+import restoration_utils as ru
+import torch
+from conftest import TINY
+from torch.nn import functional as F
+
+CHANGES = {"pretrain_epochs": 4, "gan_epochs": 4, "ema": 0.9, "clean": 0.2}
+
+
+def with_settings(run, **changes):
+    return run._replace(settings=dataclasses.replace(run.settings, **changes))
+
+
+def pretrain(run, pairs):
+    splits, generator = ru.split_pairs(pairs, run.settings), ru.build_generator(run.settings)
+    return generator, ru.pretrain_generator(generator, splits.pretrain_train, splits.pretrain_validation, run)
+
+
+def train_gan(run, pairs):
+    splits = ru.split_pairs(pairs, run.settings)
+    generator, discriminator = ru.build_generator(run.settings), ru.build_discriminator(run.settings)
+    history = ru.train_gan(generator, discriminator, splits.gan_train, splits.gan_validation, run)
+    return generator, discriminator, history
+
+
+def same(a, b):
+    """Whether two nested containers of tensors are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def gradient_step(network, loss):
+    """The weights after one step of plain gradient descent with rate 1."""
+    gradients = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    return [p.detach() - (0 if g is None else g) for p, g in zip(network.parameters(), gradients)]
+
+
+def test_pretrain_step_descends_l1_plus_a_tenth_of_mse(run, batch):
+    run = with_settings(run, hole_weight=0.0)
+    generator = ru.build_generator(run.settings)
+    reference = copy.deepcopy(generator)
+    restored = reference(batch[0])
+    expected = gradient_step(reference, (restored - batch[1]).abs().mean() + 0.1 * (restored - batch[1]).pow(2).mean())
+    optimizer = torch.optim.SGD(generator.parameters(), 1.0)
+    for parameter in generator.parameters():
+        parameter.grad = torch.ones_like(parameter)  # must be cleared by the step
+    ru.pretrain_step(generator, optimizer, batch, run)
+    assert all(torch.allclose(p, e, atol=1e-6) for p, e in zip(generator.parameters(), expected))
+
+
+def test_hole_loss_is_cross_entropy_plus_ten_times_the_fill_inside(batch):
+    restoration = ru.build_generator(TINY).restore(batch[0])
+    hole, p = batch[2]["hole"], restoration.hole.sigmoid()
+    entropy = -(hole * p.log() + (1 - hole) * (1 - p).log()).mean()
+    fill = 10 * (hole * (restoration.fill - batch[1]).abs()).sum() / batch[1].numel()
+    assert torch.isclose(ru.hole_loss(restoration, batch[1], hole), entropy + fill, atol=1e-5)
+
+
+def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch):
+    generator, discriminator = ru.build_generator(TINY), ru.build_discriminator(TINY)
+    reference, before = copy.deepcopy(discriminator), copy.deepcopy(generator.state_dict())
+    restored = generator(batch[0])
+    before = copy.deepcopy(generator.state_dict())
+    real, fake = reference(batch[0], batch[1]), reference(batch[0], restored.detach())
+    expected = gradient_step(reference, 0.5 * (((real - 1) ** 2).mean() + (fake**2).mean()))
+    ru.discriminator_step(discriminator, torch.optim.SGD(discriminator.parameters(), 1.0), batch[0], restored, batch[1])
+    assert all(torch.allclose(p, e, atol=1e-5) for p, e in zip(discriminator.parameters(), expected))
+    assert same(before, generator.state_dict()) and all(p.grad is None for p in generator.parameters())
+
+
+def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminators_weights_alone(batch):
+    settings = dataclasses.replace(TINY, hole_weight=0.0)
+    generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
+    reference = copy.deepcopy(generator)
+    before = [p.detach().clone() for p in discriminator.parameters()]
+    restored = reference(batch[0])
+    score = copy.deepcopy(discriminator)(batch[0], restored)
+    expected = gradient_step(reference, ((score - 1) ** 2).mean() + 100 * (restored - batch[1]).abs().mean())
+    optimizer, hole = torch.optim.SGD(generator.parameters(), 1.0), batch[2]["hole"]
+    ru.generator_step(discriminator, optimizer, batch[0], generator.restore(batch[0]), batch[1], hole, settings)
+    assert all(torch.allclose(p, e, atol=1e-4) for p, e in zip(generator.parameters(), expected))
+    assert all(torch.equal(p, b) for p, b in zip(discriminator.parameters(), before))
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+
+
+def test_means_count_images_not_batches():
+    means = ru.Means()
+    means.add({"l1": torch.tensor(1.0)}, 8)
+    means.add({"l1": torch.tensor(4.0)}, 1)
+    assert means.result("here")["l1"] == pytest.approx(12 / 9)
+    means.add({"l1": torch.tensor(float("nan"))}, 1)
+    with pytest.raises(FloatingPointError, match="here"):
+        means.result("here")
+
+
+def test_validation_is_in_eval_mode_and_changes_nothing(run, pairs):
+    generator = ru.build_generator(TINY).train()
+    before = copy.deepcopy(generator.state_dict())
+    loader = ru.make_loader(pairs[:5], 4, TINY, run.device)
+    result = ru.validation_losses(generator, loader, run.device)
+    assert generator.training and same(before, generator.state_dict())
+    generator.eval()
+    with torch.no_grad():
+        expected = [F.l1_loss(generator(d[None]), o[None]).item() for d, o, _ in loader.dataset]
+    assert result["l1"] == pytest.approx(sum(expected) / 5, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "gan"])
+def test_four_epochs_equal_two_and_two_more_bit_for_bit(run, pairs, places, tmp_path, stage):
+    train, key = (pretrain, "pretrain_epochs") if stage == "pretrain" else (train_gan, "gan_epochs")
+    whole = with_settings(run, **CHANGES)
+    train(whole, pairs)
+    moved = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "second"))
+    train(with_settings(moved, **CHANGES | {key: 2}), pairs)
+    torch.rand(100)  # the global random state must not matter
+    train(with_settings(moved, **CHANGES), pairs)
+    one, two = (ru.load_checkpoint(r.outputs / f"{stage}_last.pth") for r in (whole, moved))
+    for content in (one, two):
+        for row in content["history"]:
+            row.pop("seconds")
+    assert len(one["history"]) == 4 and same(one, two)
+
+
+def test_pretraining_writes_its_files_and_keeps_the_best_epoch(run, pairs, capsys):
+    generator, history = pretrain(run, pairs)
+    names = {path.name for path in run.outputs.iterdir()}
+    assert {"pretrained_generator_best.pth", "pretrain_sample_epoch_1.png", "pretrain_sample_epoch_2.png"} <= names
+    assert {"pretrain_history.json", "pretrain_last.pth"} <= names
+    best = ru.load_checkpoint(run.outputs / "pretrained_generator_best.pth")
+    assert best["epoch"] == min(history, key=lambda row: row["val_loss"])["epoch"]
+    assert same(dict(generator.state_dict()), dict(best["generator"]))
+    assert history[0].keys() >= {"loss", "val_loss", "val_l1", "lr", "seconds"}
+    capsys.readouterr()
+    assert pretrain(run, pairs)[1] == history  # a finished run reloads
+    assert "already done" in capsys.readouterr().out
+
+
+def test_steplr_and_early_stopping_fire(run, pairs, monkeypatch, capsys):
+    losses = iter([0.5, 0.4, 0.6, 0.45, 0.41, 0.1, 0.1])
+    monkeypatch.setattr(ru, "validation_losses", lambda *args: {"l1": next(losses), "mse": 0.0})
+    run = with_settings(run, pretrain_epochs=7, patience=3, pretrain_lr_step=2)
+    generator, history = pretrain(run, pairs)
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5]  # best after 2, patience 3
+    assert [row["lr"] for row in history] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
+    assert ru.load_checkpoint(run.outputs / "pretrained_generator_best.pth")["epoch"] == 2
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_gan_schedules_fire_and_its_files_are_there(run, pairs, monkeypatch, capsys):
+    steps = []
+    original = ru.generator_step
+    monkeypatch.setattr(ru, "generator_step", lambda *args: steps.append(1) or original(*args))
+    run = with_settings(run, gan_epochs=4, every_second_batch_after=2, checkpoint_every=2, gan_lr_step=3)
+    generator, _, history = train_gan(run, pairs)
+    assert "FROM SCRATCH" in capsys.readouterr().out
+    assert len(steps) == 7 + 7 + 4 + 4  # 27 pairs in batches of 4
+    assert [row["lr_g"] for row in history] == pytest.approx([1e-4] * 3 + [1e-5])
+    assert [row["lr_d"] for row in history] == pytest.approx([2e-4] * 3 + [2e-5])
+    assert history[0].keys() >= {"d_real", "d_fake", "g_adv", "g_l1", "val_l1", "seconds"}
+    names = {path.name for path in run.outputs.iterdir()}
+    assert {f"face_restoration_gan_checkpoint_epoch_{n}.pth" for n in (2, 4)} <= names
+    assert "face_restoration_gan_checkpoint_epoch_3.pth" not in names
+    assert {"face_restoration_generator_final.pth", "face_restoration_discriminator_final.pth"} <= names
+    assert {f"gan_sample_epoch_{n}.png" for n in range(1, 5)} <= names
+    loaded = ru.load_generator(run.outputs / "face_restoration_generator_final.pth")
+    assert not loaded.training and same(dict(loaded.state_dict()), dict(generator.state_dict()))
+
+
+def test_gan_starts_from_the_pretrained_weights(run, pairs, capsys):
+    pretrained, _ = pretrain(run, pairs)
+    generator = ru.build_generator(run.settings)
+    assert ru.load_pretrained(generator, run)
+    assert same(dict(generator.state_dict()), dict(pretrained.state_dict()))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(run, pairs, monkeypatch):
+    pretrain(with_settings(run, pretrain_epochs=1), pairs)
+    good = (run.outputs / "pretrain_last.pth").read_bytes()
+    real = ru.image_losses
+    monkeypatch.setattr(ru, "image_losses", lambda *a: {k: v * float("nan") for k, v in real(*a).items()})
+    with pytest.raises(FloatingPointError, match="epoch 2"):
+        pretrain(run, pairs)
+    assert (run.outputs / "pretrain_last.pth").read_bytes() == good
+
+
+@pytest.mark.parametrize("train", [pretrain, train_gan])
+def test_other_settings_or_faces_are_refused_by_name(run, pairs, train):
+    train(run, pairs)
+    before = {path: path.stat().st_mtime_ns for path in run.outputs.glob("*.pth")}
+    with pytest.raises(ValueError, match="noise_sigma was 25.0, is 9"):
+        train(with_settings(run, noise_sigma=9), pairs)
+    with pytest.raises(ValueError, match="faces"):
+        train(run._replace(faces="something else"), pairs)
+    assert before == {path: path.stat().st_mtime_ns for path in run.outputs.glob("*.pth")}
+
+
+def test_foreign_and_damaged_checkpoints_are_refused(run, tmp_path):
+    path = tmp_path / "x.pth"
+    with pytest.raises(FileNotFoundError, match=r"x\.pth"):
+        ru.load_generator(path)
+    torch.save({"weights": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"x\.pth.*not a checkpoint of this project"):
+        ru.load_generator(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        ru.load_generator(path)
+    ru.save_checkpoint(path, run, discriminator={})
+    with pytest.raises(ValueError, match="without a generator"):
+        ru.load_generator(path)
+
+
+class Payload:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self.trace), "w"))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save({"format": ru.CHECKPOINT_FORMAT, "generator": Payload(tmp_path / "trace")}, tmp_path / "x.pth")
+    with pytest.raises(ValueError):
+        ru.load_generator(tmp_path / "x.pth")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_missing_file_names_its_notebook_and_attached_ones_are_found(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="04_pretrain"):
+        ru.require_artifact("pretrained_generator_best.pth", run, "04_pretrain_generator")
+    attached = run._replace(places=dataclasses.replace(run.places, attached=tmp_path / "input"))
+    (tmp_path / "input" / "nb").mkdir(parents=True)
+    (tmp_path / "input" / "nb" / "a.pth").touch()
+    assert ru.require_artifact("a.pth", attached, "04") == tmp_path / "input" / "nb" / "a.pth"
+
+
+def test_atomic_writing_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), ru.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
