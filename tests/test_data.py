@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import restoration_utils as ru
 import torch
 from conftest import TINY
 from PIL import Image
+
+import restoration_utils as ru
 
 
 def test_settings_are_those_of_the_spec_and_refuse_unknown_names():

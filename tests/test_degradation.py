@@ -10,9 +10,10 @@ from collections import namedtuple
 import cv2
 import numpy as np
 import pytest
-import restoration_utils as ru
 from conftest import TINY
 from PIL import Image
+
+import restoration_utils as ru
 
 
 def grey(level, size=256):

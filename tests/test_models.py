@@ -1,10 +1,11 @@
 """Both networks: layers, shapes, ranges, and what they refuse."""
 
 import pytest
-import restoration_utils as ru
 import torch
 from conftest import TINY
 from torch import nn
+
+import restoration_utils as ru
 
 
 def test_full_size_generator_has_the_layers_and_widths_of_the_spec():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import restoration_utils as ru
 
 ROOT = Path(__file__).parents[1]

@@ -3,11 +3,12 @@
 import cv2
 import numpy as np
 import pytest
-import restoration_utils as ru
 import torch
 from conftest import TINY
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import restoration_utils as ru
 
 
 class Darker(torch.nn.Module):
@@ -35,7 +36,9 @@ def test_metrics_agree_with_scikit_image_on_clipped_8_bit_values():
     for i in range(3):
         a, b = (np.rint((np.clip(t[i].permute(1, 2, 0).numpy(), -1, 1) + 1) * 127.5).astype(np.uint8)
                 for t in (restored, original))  # fmt: skip
-        ssim = structural_similarity(a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        ssim = structural_similarity(
+            a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
         assert ours["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(b, a), abs=1e-3)
         assert ours["ssim"][i].item() == pytest.approx(ssim, abs=2e-2)  # the borders are treated differently
         assert ours["l1"][i].item() == pytest.approx(np.abs(a.astype(float) - b).mean(), abs=1e-6)
@@ -115,7 +118,11 @@ def test_the_correction_is_added_to_the_sharp_photo(tmp_path):
 
 def test_the_networks_own_picture_on_request_keeps_the_aspect(tmp_path):
     ru.write_image(tmp_path / "a.png", photo(200, 400))
-    assert ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Darker(), network_size=True).shape == (128, 256, 3)
+    assert ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Darker(), network_size=True).shape == (
+        128,
+        256,
+        3,
+    )
 
 
 def test_a_clean_photo_loses_no_more_than_in_the_network_itself(tmp_path):

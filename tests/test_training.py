@@ -4,10 +4,11 @@ import copy
 import dataclasses
 
 import pytest
-import restoration_utils as ru
 import torch
 from conftest import TINY
 from torch.nn import functional as F
+
+import restoration_utils as ru
 
 CHANGES = {"pretrain_epochs": 4, "gan_epochs": 4, "ema": 0.9, "clean": 0.2}
 
