@@ -116,8 +116,8 @@ class Settings:
 PROFILES = {
     "full": Settings(),
     "quick": Settings(
-        profile="quick", max_faces=200, portraits=200, portrait_size=512, width=16, discriminator_width=16,
-        full_resolution_channels=16, gan_epochs=4, checkpoint_every=2,
+        profile="quick", max_faces=300, portraits=300, portrait_size=512, width=16, discriminator_width=16,
+        full_resolution_channels=16, gan_epochs=3, checkpoint_every=3,
     ),
     "smoke": Settings(
         profile="smoke", max_faces=12, portraits=12, portrait_size=128, width=4, discriminator_width=4,
@@ -185,7 +185,14 @@ def choose_device(report: Callable[[str], None] = print) -> torch.device:
 
 
 def start(report: Callable[[str], None] = print) -> tuple[Settings, Places, torch.device]:
-    """What every notebook's setup cell calls: settings, places and device, and one line that names them."""
+    """What every notebook's setup cell calls: settings, places and device, and one line that names them.
+
+    In a notebook it also makes inline figures JPEG.
+    """
+    if "ipykernel" in sys.modules:  # as PNG, the many photographs would make notebooks of several megabytes
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 90})
     device = choose_device(report)
     settings, places = choose_settings(device), find_places()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
@@ -324,9 +331,6 @@ def list_images(folder: Path) -> list[Path]:
         return kind in KINDS and path.with_name(stem) in known
 
     return sorted((path for path in found if not is_degraded(path)), key=lambda p: p.relative_to(folder).as_posix())
-
-
-# PORTRAIT-BEGIN
 
 
 UNIT, CENTRE = 0.31, np.array((0.5, 0.46))  # the head unit and the middle of the eyes as shares of the picture
@@ -560,7 +564,13 @@ def background(rng, size):
         r = rng.uniform(0.08, 0.25)
         fill(image, oval(cx, cy, r, r), (base + 0.3) * 1.2, rng.uniform(0.04, 0.3), 0.03)
     image = (image * (1.05 - 0.14 * (x * x + y * y))[..., None]).clip(0.02, 1).astype(np.float32)
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    for _ in range(rng.integers(1, 4) if rng.random() < 0.35 else 0):  # windows and frames: not every edge is damage
+        (left, top), (wide, high) = rng.uniform(-1.7, 0.9, 2), rng.uniform(0.5, 1.3, 2)
+        corners = np.array(((0, 0), (1, rng.normal(0, 0.1)), (1, 1), (0, 1))) * (wide, high) + (left, top)
+        level = rng.choice((0, 1, rng.random()))
+        fill(image, corners, np.clip(level + rng.normal(0, 0.04, 3), 0, 1), 1, 0.002)
+    return image
 
 
 def relight(albedo, height, p, size, gloss=0.065):
@@ -598,7 +608,12 @@ def paint_body(rng, image, p):
     fill(bare, garment - (0, 0.02), (0.5, 0.5, 0.55), 0.8, 0.02, True)
     fill(image, mirror(body), bare)
     folds = 0.04 * noise(rng, 10, 10, GRID) + 0.02 * noise(rng, 6, 30, GRID)
-    worn = relight(p["cloth"], bulge(body * (1.04, 1) - (0, 0.05), 0.45) + folds, p, len(image), 0.01)
+    cloth = p["cloth"]
+    if rng.random() < 0.35:  # stripes or checks
+        stripes = np.sin(np.arange(GRID) * rng.uniform(0.15, 0.7)) > rng.uniform(-0.3, 0.9)
+        checks = stripes[:, None] ^ stripes if rng.random() < 0.5 else np.tile(stripes, (GRID, 1))
+        cloth = np.where(checks[..., None], p["wool"], cloth).astype(np.float32)
+    worn = relight(cloth, bulge(body * (1.04, 1) - (0, 0.05), 0.45) + folds, p, len(image), 0.01)
     fill(image, garment, worn)
     flap = np.array(((0.38, 0.98), (0.5, 1.08), (0.5, 1.4), (0.3, 1.5), (0.02, 1.62)))
     for k in (-1, 1):
@@ -836,9 +851,6 @@ def draw_portrait(rng: np.random.Generator, size: int = 512) -> np.ndarray:
     image = cv2.resize(pose(rng, image, p), (size, size), interpolation=cv2.INTER_AREA)
     image += 0.008 * rng.standard_normal((size, size, 1), np.float32)
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-# PORTRAIT-END
 
 
 def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
@@ -1337,7 +1349,7 @@ class OutputLayer(nn.Module):
     """Brings 128 x 128 features to the 256 x 256 image, with the degraded input itself as one more skip.
 
     Restored means: keep what is good. So the layer starts as the identity on its input and learns three departures
-    from it: a colour transform of the whole image (predicted from the bottleneck, the only place that sees all of it), a
+    from it: a colour transform of the whole image (predicted from the bottleneck, which sees all of it), a
     correction of every pixel, and a picture painted through Tanh into the holes that it detects. Colour and correction
     go through Tanh as well, so the output lies in [-1, 1] whatever the weights.
     """
@@ -1619,7 +1631,7 @@ def image_losses(restored: Tensor, original: Tensor) -> dict[str, Tensor]:
 
 
 def sample_batch(pairs: Sequence[Pair], run: Run) -> tuple[Tensor, Tensor]:
-    """Degraded and original of the first few validation faces in all kinds: the same ones in every epoch and notebook."""
+    """Degraded and original of the first few validation faces in all kinds, the same in every epoch and notebook."""
     names = list(dict.fromkeys(pair.name for pair in pairs))[: run.settings.sample_faces]
     dataset = FaceRestorationGANDataset([pair for pair in pairs if pair.name in names], run.settings)
     degraded, original, _ = zip(*dataset)
@@ -1992,7 +2004,7 @@ def restore_image_gan(
     Any image of any size that OpenCV reads: colour, grey, with transparency (which is dropped), 16-bit, palette,
     EXIF-rotated. The result has the size it came in and keeps its sharpness: the network works at 256 px, and its
     correction, not its picture, is scaled up and added to the photo, photo + upsample(G(small) - small). So noise finer
-    than the network's pixels stays. With `network_size` the network's own picture is written, 256 px on the longer side.
+    than the network's pixels stays. With `network_size` the network's own picture is written, its longer side 256 px.
 
     Raises ValueError if `source` cannot be read, or if `destination` is the source or has no known image suffix.
     """

@@ -150,7 +150,7 @@ def test_steplr_and_early_stopping_fire(run, pairs, monkeypatch, capsys):
     losses = iter([0.5, 0.4, 0.6, 0.45, 0.41, 0.1, 0.1])
     monkeypatch.setattr(ru, "validation_losses", lambda *args: {"l1": next(losses), "mse": 0.0})
     run = with_settings(run, pretrain_epochs=7, patience=3, pretrain_lr_step=2)
-    generator, history = pretrain(run, pairs)
+    _, history = pretrain(run, pairs)
     assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5]  # best after 2, patience 3
     assert [row["lr"] for row in history] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
     assert ru.load_checkpoint(run.outputs / "pretrained_generator_best.pth")["epoch"] == 2
@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(run,
 def test_other_settings_or_faces_are_refused_by_name(run, pairs, train):
     train(run, pairs)
     before = {path: path.stat().st_mtime_ns for path in run.outputs.glob("*.pth")}
-    with pytest.raises(ValueError, match="noise_sigma was 25.0, is 9"):
+    with pytest.raises(ValueError, match=r"noise_sigma was 25\.0, is 9"):
         train(with_settings(run, noise_sigma=9), pairs)
     with pytest.raises(ValueError, match="faces"):
         train(run._replace(faces="something else"), pairs)
