@@ -333,97 +333,46 @@ def list_images(folder: Path) -> list[Path]:
     return sorted((path for path in found if not is_degraded(path)), key=lambda p: p.relative_to(folder).as_posix())
 
 
+# Synthetic portraits. Shapes are in head units: x right, y down from between the eyes, the chin at y = 1. Everyone is
+# painted from the front with an average face, whose right half the tables give; last of all the picture is bent to the
+# sitter's own features and pose. Pictures in the making are float32 BGR in 0..1. The tables read best packed:
+# fmt: off
 UNIT, CENTRE = 0.31, np.array((0.5, 0.46))  # the head unit and the middle of the eyes as shares of the picture
 GRID = 256  # rows and columns of the reliefs that are lit: soft light needs no more
 SKINS = ((33, 42, 66), (46, 66, 104), (70, 98, 146), (94, 128, 178), (122, 155, 205), (152, 182, 226), (176, 198, 232))
 HAIRS = ((17, 17, 20), (24, 28, 40), (32, 42, 62), (44, 66, 98), (62, 100, 142), (100, 156, 196), (30, 58, 132))
 EYES = ((20, 30, 50), (30, 48, 74), (48, 82, 100), (80, 106, 84), (142, 118, 88), (146, 132, 112))
-CLOTHS = (
-    (238, 240, 240),
-    (27, 23, 22),
-    (80, 48, 36),
-    (44, 40, 120),
-    (76, 88, 70),
-    (120, 150, 176),
-    (104, 96, 92),
-    (66, 116, 186),
-    (140, 112, 74),
-    (130, 104, 140),
-    (184, 204, 218),
-    (244, 242, 240),
-)
-HEAD = (
-    (0, -1.02),
-    (0.26, -0.985),
-    (0.47, -0.86),
-    (0.61, -0.6),
-    (0.665, -0.3),
-    (0.67, 0.1),
-    (0.62, 0.34),
-    (0.53, 0.57),
-    (0.4, 0.79),
-    (0.19, 0.945),
-    (0, 0.995),
-)
+CLOTHS = ((238, 240, 240), (27, 23, 22), (80, 48, 36), (44, 40, 120), (76, 88, 70), (120, 150, 176), (104, 96, 92),
+          (66, 116, 186), (140, 112, 74), (130, 104, 140), (184, 204, 218), (244, 242, 240))
+HEAD = ((0, -1.02), (0.26, -0.985), (0.47, -0.86), (0.61, -0.6), (0.665, -0.3), (0.67, 0.1), (0.62, 0.34), (0.53, 0.57),
+        (0.4, 0.79), (0.19, 0.945), (0, 0.995))
 BODY = ((0.38, 0.4), (0.38, 0.9), (0.44, 1.12), (0.74, 1.3), (1.15, 1.42), (1.6, 1.6), (2.2, 2.5))
-NECKLINES = (
-    ((0, 1.34), (0.2, 1.32), (0.4, 1.22), (0.47, 1.08)),
-    ((0, 1.5), (0.3, 1.45), (0.5, 1.34), (0.6, 1.2)),
-    ((0, 1.1), (0.25, 1.06), (0.4, 0.93)),
-    ((0, 1.62), (0.12, 1.48), (0.3, 1.27), (0.45, 1.07)),
-)
+NECKLINES = (((0, 1.34), (0.2, 1.32), (0.4, 1.22), (0.47, 1.08)), ((0, 1.5), (0.3, 1.45), (0.5, 1.34), (0.6, 1.2)),
+             ((0, 1.1), (0.25, 1.06), (0.4, 0.93)), ((0, 1.62), (0.12, 1.48), (0.3, 1.27), (0.45, 1.07)))
 BUMPS = (  # relief of bones, nose and lips: x, y, width, height, rise
-    (0, 0.1, 0.06, 0.2, 0.08),
-    (0, 0.41, 0.085, 0.075, 0.15),
-    (0, 0.62, 0.2, 0.14, 0.06),
-    (0, 0.6, 0.12, 0.03, 0.025),
-    (0, 0.7, 0.11, 0.035, 0.04),
-    (0, 0.8, 0.12, 0.035, -0.035),
-    (0, 0.92, 0.13, 0.09, 0.07),
-    (0.26, -0.21, 0.18, 0.06, 0.04),
-    (0.29, 0, 0.15, 0.1, -0.085),
-    (0.14, -0.02, 0.05, 0.09, -0.045),
-    (0.29, 0.02, 0.1, 0.065, 0.06),
-    (0.115, 0.44, 0.05, 0.05, 0.075),
-    (0.4, 0.24, 0.14, 0.11, 0.05),
-    (0.34, 0.4, 0.1, 0.11, 0.02),
-    (0.2, -0.48, 0.2, 0.16, 0.03),
-    (0.43, 0.52, 0.1, 0.14, -0.04),
-    (0.6, -0.33, 0.08, 0.2, -0.04),
-    (0.28, 0.6, 0.04, 0.07, -0.035),
-)
+    (0, 0.1, 0.06, 0.2, 0.08), (0, 0.41, 0.085, 0.075, 0.15), (0, 0.62, 0.2, 0.14, 0.06), (0, 0.6, 0.12, 0.03, 0.025),
+    (0, 0.7, 0.11, 0.035, 0.04), (0, 0.8, 0.12, 0.035, -0.035), (0, 0.92, 0.13, 0.09, 0.07),
+    (0.26, -0.21, 0.18, 0.06, 0.04), (0.29, 0, 0.15, 0.1, -0.085), (0.14, -0.02, 0.05, 0.09, -0.045),
+    (0.29, 0.02, 0.1, 0.065, 0.06), (0.115, 0.44, 0.05, 0.05, 0.075), (0.4, 0.24, 0.14, 0.11, 0.05),
+    (0.34, 0.4, 0.1, 0.11, 0.02), (0.2, -0.48, 0.2, 0.16, 0.03), (0.43, 0.52, 0.1, 0.14, -0.04),
+    (0.6, -0.33, 0.08, 0.2, -0.04), (0.28, 0.6, 0.04, 0.07, -0.035))
 MORPHS = (  # how faces differ: x, y, reach, and the usual shift right and down there
-    (0.67, 0.15, 0.25, 0.025, 0),
-    (0.5, 0.62, 0.2, 0.035, 0),
-    (0, 1, 0.25, 0, 0.035),
-    (0.29, 0, 0.15, 0.012, 0),
-    (0.42, 0, 0.08, 0, 0.014),
-    (0.29, -0.07, 0.06, 0, 0.01),
-    (0.3, -0.22, 0.12, 0, 0.018),
-    (0.13, 0.44, 0.08, 0.02, 0),
-    (0, 0.44, 0.13, 0, 0.022),
-    (0.2, 0.64, 0.1, 0.02, 0),
-    (0, 0.72, 0.05, 0, 0.014),
-    (0, 0.58, 0.04, 0, 0.008),
-    (0.21, 0.64, 0.08, 0, -0.03),
-    (0.4, 1.0, 0.25, 0.05, 0),
-)
+    (0.67, 0.15, 0.25, 0.025, 0), (0.5, 0.62, 0.2, 0.035, 0), (0, 1, 0.25, 0, 0.035), (0.29, 0, 0.15, 0.012, 0),
+    (0.42, 0, 0.08, 0, 0.014), (0.29, -0.07, 0.06, 0, 0.01), (0.3, -0.22, 0.12, 0, 0.018), (0.13, 0.44, 0.08, 0.02, 0),
+    (0, 0.44, 0.13, 0, 0.022), (0.2, 0.64, 0.1, 0.02, 0), (0, 0.72, 0.05, 0, 0.014), (0, 0.58, 0.04, 0, 0.008),
+    (0.21, 0.64, 0.08, 0, -0.03), (0.4, 1.0, 0.25, 0.05, 0))
 UPPER_LID = np.array(((0.145, 0.022), (0.2, -0.038), (0.278, -0.06), (0.355, -0.045), (0.431, -0.008)))
 LOWER_LID = np.array(((0.431, -0.008), (0.355, 0.03), (0.285, 0.041), (0.208, 0.035), (0.145, 0.022)))
 CREASES = (  # shadows and lights on the face: points, width, tint, strength in youth, more in old age, blur
-    (UPPER_LID - (0, 0.036), 0.02, 0.5, 0.8, 0, 0.006),
-    (LOWER_LID, 0.012, 0.3, 0.6, 0, 0.004),
-    (LOWER_LID + (0, 0.012), 0.014, 1.12, 0.7, 0, 0.004),
-    (LOWER_LID + (0, 0.06), 0.03, 0.76, 0.3, 0.5, 0.014),
+    (UPPER_LID - (0, 0.036), 0.02, 0.5, 0.8, 0, 0.006), (LOWER_LID, 0.012, 0.3, 0.6, 0, 0.004),
+    (LOWER_LID + (0, 0.012), 0.014, 1.12, 0.7, 0, 0.004), (LOWER_LID + (0, 0.06), 0.03, 0.76, 0.3, 0.5, 0.014),
     (((0.025, 0.487), (0.055, 0.474), (0.094, 0.487)), 0.03, 0.2, 0.9, 0, 0.009),
     (((0.125, 0.39), (0.15, 0.44), (0.13, 0.49)), 0.025, 0.5, 0.7, 0, 0.01),
     (((0.15, 0.4), (0.22, 0.5), (0.275, 0.64)), 0.025, 0.6, 0.12, 0.6, 0.011),
     (((0.2, 0.64), (0.21, 0.643), (0.225, 0.647)), 0.04, 0.5, 0.7, 0, 0.012),
     (((0.44, 0), (0.5, -0.02), (0.55, -0.05)), 0.02, 0.6, 0, 0.5, 0.008),
-    (((0.44, 0.03), (0.55, 0.06)), 0.02, 0.6, 0, 0.5, 0.008),
-    (((0, -0.45), (0.3, -0.44)), 0.02, 0.6, 0, 0.5, 0.01),
-    (((0, -0.36), (0.2, -0.37), (0.36, -0.34)), 0.02, 0.6, 0, 0.5, 0.01),
-)
+    (((0.44, 0.03), (0.55, 0.06)), 0.02, 0.6, 0, 0.5, 0.008), (((0, -0.45), (0.3, -0.44)), 0.02, 0.6, 0, 0.5, 0.01),
+    (((0, -0.36), (0.2, -0.37), (0.36, -0.34)), 0.02, 0.6, 0, 0.5, 0.01))
 BROW = np.array(((0.11, -0.15), (0.2, -0.2), (0.33, -0.225), (0.46, -0.175)))
 CHEEK = np.array(((0.64, 0.1), (0.56, 0.36), (0.4, 0.6), (0.22, 0.79), (0, 0.84)))
 JAW = np.array(((0.65, 0.27), (0.61, 0.56), (0.52, 0.8), (0.34, 0.99), (0, 1.07)))
@@ -447,32 +396,15 @@ def draw_person(rng):
     if hat:  # a scarf hides the hair, a cap most of it
         style = "bald" if woman else "short"
     return dict(
-        woman=woman,
-        age=age,
-        skin=skin,
-        hair=hair / 255,
-        eyes=np.array(EYES[rng.integers(2 if tone < 3 else 6)]) / 255,
-        cloth=np.array(CLOTHS[rng.integers(12)]) / 255,
-        wool=np.array(CLOTHS[rng.integers(12)]) / 255,
-        hat=hat,
-        style=style,
-        neckline=int(rng.integers(5)),
-        glasses=rng.random() < 0.15 + 0.2 * age,
-        morph=morph,
-        part=rng.uniform(-0.3, 0.3),
-        length=rng.uniform(0.9, 1.7),
-        volume=rng.uniform(0.8, 0.98),
-        beard="none" if woman else str(rng.choice(beards.split())),
-        freckles=70 * (tone > 3.5 and rng.random() < 0.3),
-        teeth=0.05 * (morph[12] > 0.4 and rng.random() < 0.5),
-        turn=rng.uniform(-0.12, 0.12),
-        tilt=rng.normal(0, 0.06),
-        zoom=rng.uniform(1.04, 1.14),
-        shift=rng.uniform(-0.03, 0.03, 2),
+        woman=woman, age=age, skin=skin, hair=hair / 255, eyes=np.array(EYES[rng.integers(2 if tone < 3 else 6)]) / 255,
+        cloth=np.array(CLOTHS[rng.integers(12)]) / 255, wool=np.array(CLOTHS[rng.integers(12)]) / 255,
+        hat=hat, style=style, neckline=int(rng.integers(5)), glasses=rng.random() < 0.15 + 0.2 * age, morph=morph,
+        part=rng.uniform(-0.3, 0.3), length=rng.uniform(0.9, 1.7), volume=rng.uniform(0.8, 0.98),
+        beard="none" if woman else str(rng.choice(beards.split())), freckles=70 * (tone > 3.5 and rng.random() < 0.3),
+        teeth=0.05 * (morph[12] > 0.4 and rng.random() < 0.5), turn=rng.uniform(-0.12, 0.12), tilt=rng.normal(0, 0.06),
+        zoom=rng.uniform(1.04, 1.14), shift=rng.uniform(-0.03, 0.03, 2),
         light=np.float32(light / np.linalg.norm(light)),  # points from the face to the lamp
-        key=np.float32((1 + warm) * rng.uniform(0.95, 1.15)),
-        ambient=np.float32((1 - warm) * rng.uniform(0.12, 0.3)),
-    )
+        key=np.float32((1 + warm) * rng.uniform(0.95, 1.15)), ambient=np.float32((1 - warm) * rng.uniform(0.12, 0.3)))
 
 
 def curve(points, steps=8):
@@ -516,7 +448,7 @@ def window(image, points, margin):
     pixels, pad = (np.asarray(points) * UNIT + CENTRE) * len(image), margin * UNIT * len(image) + 2
     low = np.clip(pixels.reshape(-1, 2).min(0) - pad, 0, len(image) - 1).astype(int)
     high = np.clip(pixels.reshape(-1, 2).max(0) + pad, low + 1, len(image)).astype(int)
-    return np.s_[low[1] : high[1], low[0] : high[0]], np.round((pixels - low) * 16).astype(np.int32, order="C")
+    return np.s_[low[1]:high[1], low[0]:high[0]], np.round((pixels - low) * 16).astype(np.int32, order="C")
 
 
 def fill(image, outline, colour, alpha=1.0, blur=0.0, glaze=False):
@@ -674,18 +606,15 @@ def paint_mouth_and_folds(image, p):
     tint = np.array((0.62, 0.55, 0.85)) if p["woman"] else np.array((0.74, 0.70, 0.90))
     fill(image, np.concatenate((curve(top), curve(seam))), tint * 0.86, 0.9, 0.006, True)
     fill(image, np.concatenate((curve(bottom), curve(parted[::-1]))), tint, 0.9, 0.007, True)
-    for x, y, rx, ry, shade in (
-        (side, 0.39, 0.03, 0.025, 1.25),
-        (side, 0.695 + gap, 0.07, 0.014, 1.2),
-        (0, 0.785 + gap, 0.1, 0.02, 0.8),
-    ):
+    for x, y, rx, ry, shade in ((side, 0.39, 0.03, 0.025, 1.25), (side, 0.695 + gap, 0.07, 0.014, 1.2),
+                                (0, 0.785 + gap, 0.1, 0.02, 0.8)):
         fill(image, oval(x, y, rx, ry), (shade, shade, shade), 0.8, 0.014, True)
     for line in (seam, parted):
         fill(image, ribbon(line, 0.02), p["skin"] * (0.2, 0.18, 0.32), 0.7, 0.005)
     for points, width, tint, young, old, blur in CREASES:
         for k in (-1, 1):
             outline, alpha = ribbon(points, width) * (k, 1), np.clip(young + old * (p["age"] * 1.4 - 0.4), 0, 1)
-            fill(image, outline, (tint, tint, tint**0.8), alpha, blur, True)
+            fill(image, outline, (tint, tint, tint ** 0.8), alpha, blur, True)
 
 
 def hair_shine(p, size):
@@ -693,7 +622,7 @@ def hair_shine(p, size):
     x, y = np.meshgrid(*(((np.arange(64) + 0.5) / 64 - c) / UNIT for c in CENTRE))
     radius, light = np.hypot(x, y / 1.2 + 0.04), p["light"]
     facing = x * light[0] + (y / 1.2 + 0.04) * light[1] + light[2] * np.sqrt(np.clip(1 - radius * radius, 0.05, 1))
-    gloss = np.exp(-(((radius - 0.74) / 0.1) ** 2)) * np.clip(0.2 + x * light[0] - y * 0.6, 0, 1)
+    gloss = np.exp(-((radius - 0.74) / 0.1) ** 2) * np.clip(0.2 + x * light[0] - y * 0.6, 0, 1)
     return cv2.resize(np.dstack((0.4 + 0.75 * facing.clip(0, 1), gloss)).astype(np.float32), (size, size))
 
 
@@ -707,7 +636,7 @@ def comb(rng, guides, count, wave=0.0, curl=0.0):
     lines += loose * (1.3 * rng.normal(0, 1, (26, 2))[clump] + rng.normal(0, 1, (count, 2)))
     lines = curve(lines, 20 if curl else 7)
     s = np.linspace(0, 1, len(lines))[:, None]
-    lines += (s**3 * rng.uniform(-0.25, 0, count))[..., None] * (lines[-1] - lines[len(lines) // 2])  # uneven ends
+    lines += (s ** 3 * rng.uniform(-0.25, 0, count))[..., None] * (lines[-1] - lines[len(lines) // 2])  # uneven ends
     lines[..., 0] += wave * s * np.sin(2 * np.pi * (2.3 * s + 0.5 * rng.random(26)[clump]))
     turns = 2 * np.pi * (s * rng.uniform(3, 6, count) + rng.random(count))
     lines += curl * np.minimum(1, 4 * s)[..., None] * np.stack((np.cos(turns), np.sin(turns)), -1)
@@ -719,22 +648,10 @@ def parted_hair(part, wide, end):
     """Guides of hair that falls from a parting to both sides, as wide as x and down to y."""
     low = -0.1 + (end + 0.1) * 0.5
     for k in (-1, 1):
-        inner = (
-            (part - 0.02 * k, -0.7),
-            (0.27 * k + 0.4 * part, -0.61),
-            (0.52 * k, -0.4),
-            (0.625 * k, -0.12),
-            (0.66 * k, low),
-            (0.66 * k, end),
-        )
-        outer = (
-            (part * 0.8 - 0.02 * k, -1.12),
-            (0.3 * k + 0.3 * part, -1.07),
-            (0.6 * k, -0.86),
-            ((0.4 * wide + 0.43) * k, -0.5),
-            (wide * k, low),
-            ((wide - 0.03) * k, end + 0.05),
-        )
+        inner = ((part - 0.02 * k, -0.7), (0.27 * k + 0.4 * part, -0.61), (0.52 * k, -0.4), (0.625 * k, -0.12),
+                 (0.66 * k, low), (0.66 * k, end))
+        outer = ((part * 0.8 - 0.02 * k, -1.12), (0.3 * k + 0.3 * part, -1.07), (0.6 * k, -0.86),
+                 ((0.4 * wide + 0.43) * k, -0.5), (wide * k, low), ((wide - 0.03) * k, end + 0.05))
         yield np.stack((inner, outer), 1)
 
 
@@ -774,11 +691,8 @@ def paint_brows_and_beard(rng, image, p, shine):
     beard, shaded = p["beard"], image.copy()
     thick = np.outer((1, 0.9, 0.65, 0.1), (0, 0.026 - 0.008 * p["woman"]))
     rows = [(BROW + thick, BROW - 0.6 * thick + (0.05, 0.008), 150)] + [LIP + (130,)] * (beard != "none")
-    rows += [
-        (CHEEK + (JAW - CHEEK) * a, CHEEK + (JAW - CHEEK) * (a + 0.4), 160)
-        for a in (0, 0.2, 0.4, 0.6)
-        if beard in ("stubble", "full")
-    ]
+    rows += [(CHEEK + (JAW - CHEEK) * a, CHEEK + (JAW - CHEEK) * (a + 0.4), 160) for a in (0, 0.2, 0.4, 0.6)
+             if beard in ("stubble", "full")]
     for root, tip, _ in rows:
         for k in (-1, 1):
             area, shade = np.concatenate((root, tip[::-1])) * (k, 1), np.minimum(1, p["hair"] * 0.5 + 0.5)
@@ -808,7 +722,7 @@ def paint_hat(rng, image, p):
     if not p["woman"]:
         inner, folds = ((0.74, -0.2), (0.4, -0.33), (0, -0.37)), 0.008 * np.sin(np.arange(GRID) / 1.4)
         outer = ((0, -1.25), (0.38, -1.17), (0.65, -0.88), (0.75, -0.5), (0.74, -0.2))
-    outline = mirror(np.concatenate((curve(outer), curve(inner)[:: 1 if not p["woman"] else -1])))
+    outline = mirror(np.concatenate((curve(outer), curve(inner)[::1 if not p["woman"] else -1])))
     fill(image, outline + (-0.05 * p["light"][0], 0.05), (0.5, 0.48, 0.52), 0.8, 0.04, True)
     fill(image, outline, relight(p["wool"], bulge(curve(outer), 0.7) + folds, p, len(image), 0.01), 1, 0.004)
 
@@ -824,10 +738,8 @@ def pose(rng, image, p):
     for (mx, my, reach, right, down), amount in zip(MORPHS, p["morph"]):
         weight = amount * np.exp(-((np.abs(x) - mx) ** 2 + (y - my) ** 2) / (reach * reach))
         dx, dy = dx - right * weight * np.sign(x), dy - down * weight
-    to = [
-        cv2.resize(((q * UNIT + c) * len(image)).astype(np.float32), image.shape[:2], interpolation=cv2.INTER_CUBIC)
-        for q, c in zip((x + dx, y + dy), CENTRE)
-    ]
+    to = [cv2.resize(((q * UNIT + c) * len(image)).astype(np.float32), image.shape[:2], interpolation=cv2.INTER_CUBIC)
+          for q, c in zip((x + dx, y + dy), CENTRE)]
     return cv2.remap(image, to[0], to[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
@@ -851,6 +763,7 @@ def draw_portrait(rng: np.random.Generator, size: int = 512) -> np.ndarray:
     image = cv2.resize(pose(rng, image, p), (size, size), interpolation=cv2.INTER_AREA)
     image += 0.008 * rng.standard_normal((size, size, 1), np.float32)
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+# fmt: on
 
 
 def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
