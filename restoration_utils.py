@@ -192,7 +192,7 @@ def start(report: Callable[[str], None] = print) -> tuple[Settings, Places, torc
     if "ipykernel" in sys.modules:  # as PNG, the many photographs would make notebooks of several megabytes
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 90})
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
     device = choose_device(report)
     settings, places = choose_settings(device), find_places()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
