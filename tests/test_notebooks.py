@@ -105,13 +105,13 @@ def test_06_without_05_names_the_notebook_that_is_missing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="an open defect: colour's mean gain in quick is +1.76 dB, but its 95 % lower bound is -0.03, not above zero",
-    raises=AssertionError,
-    strict=True,
-)
 def test_quick_profile_keeps_what_the_notebooks_promise(tmp_path):
     shutil.copy(ROOT / "restoration_utils.py", tmp_path)
     variables = {"RESTORATION_PROFILE": "quick", "RESTORATION_STRICT": "1", "OUTPUT_DIR": str(tmp_path / "o")}
-    execute(NOTEBOOKS, tmp_path, timeout=3000, **variables)
+    try:
+        execute(NOTEBOOKS, tmp_path, timeout=3000, **variables)
+    except AssertionError as error:
+        if "does not hold in this run: colour gains" not in str(error):
+            raise
+        pytest.xfail("open defect: colour's mean gain was measured as +1.76 dB, its 95 % lower bound as -0.03 dB")
     assert_promises(tmp_path / "o", tmp_path / "o" / "fakefaces_degraded", tmp_path)
