@@ -1023,6 +1023,10 @@ def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int 
         if not todo:
             return DegradeReport(0, len(faces.files), {})
         _check_space(todo, folder)
+        redo = {faces.name(path) for path in todo}  # forgotten before their files are replaced
+        replaced = {f"{stems[name]}_{kind}.jpg" for name in redo for kind in KINDS}
+        manifest = {n: e for n, e in manifest.items() if n not in redo and not replaced & set(e["files"])}
+        _write_manifest(folder, settings, manifest)
         futures = {
             pool.submit(_degrade_file, path, faces, stems[faces.name(path)], folder, settings): faces.name(path)
             for path in todo
