@@ -225,7 +225,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to, and renames it when that succeeded.
 
     Whoever reads `path` finds the old file or the whole new one, never half of it. The suffix is kept, since
-    cv2.imwrite and savefig choose the format by it.
+    savefig chooses the format by it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
@@ -293,13 +293,26 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path}: {error.strerror}") from error
     if not content:
         raise ValueError(f"{path}: the file is empty")
-    # OpenCV fills the missing part of a truncated JPEG with grey and says nothing: the end marker must follow the scan.
-    if content[:2] == b"\xff\xd8" and content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda"):
+    if content[:2] == b"\xff\xd8" and _is_truncated_jpeg(content):
         raise ValueError(f"{path}: the JPEG is truncated")
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    try:  # what cv2.imread does, but on Windows that cannot open a path that is not ASCII
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise ValueError(f"{path}: OpenCV cannot read it ({error.err or error})") from error
     if image is None:
         raise ValueError(f"{path}: not an image that OpenCV can read")
     return image
+
+
+def _is_truncated_jpeg(content: bytes) -> bool:
+    """Whether no end marker follows the first scan; OpenCV fills what is missing with grey and says nothing.
+
+    Segments are skipped by their length: a thumbnail in the EXIF data has an end marker of its own.
+    """
+    position = 2
+    while content[position : position + 1] == b"\xff" and content[position + 1 : position + 2] != b"\xda":
+        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+    return content.find(b"\xff\xd9", position) < 0
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -313,9 +326,12 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpe
     options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
     path = Path(path)
     is_jpeg = path.suffix.lower() in {".jpg", ".jpeg"}
+    try:  # what cv2.imwrite does, but that cannot say why it failed
+        _, content = cv2.imencode(path.suffix, image, options if is_jpeg else [])
+    except cv2.error as error:
+        raise ValueError(f"{path}: OpenCV cannot write such an image ({error.err or error})") from error
     with atomic(path) as temporary:
-        if not cv2.imwrite(str(temporary), image, options if is_jpeg else []):
-            raise OSError(f"{path}: OpenCV could not write the image (is the disk full, the format known?)")
+        content.tofile(temporary)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -793,7 +809,7 @@ def _faces_folder(settings: Settings, places: Places, environ: Mapping[str, str]
         import kagglehub  # only on request: it needs the internet and 'pip install kagglehub'
 
         return Path(kagglehub.dataset_download("hyperclaw79/fakefaces")), "StyleGAN portraits (fakefaces, downloaded)"
-    folder = places.outputs / f"synthetic_portraits_{settings.portraits}x{settings.portrait_size}px"
+    folder = places.outputs / f"synthetic_portraits_{settings.portraits}x{settings.portrait_size}px_seed{settings.seed}"
     draw_portraits(folder, settings.portraits, settings.portrait_size, settings.seed)
     return folder, f"synthetic portraits of {settings.portrait_size} px, drawn by this project"
 
@@ -934,13 +950,12 @@ def _write_manifest(folder: Path, settings: Settings, originals: dict[str, dict]
     write_json(folder / MANIFEST, {"recipe": _recipe(settings), "originals": originals})
 
 
-def _manifest_entry(path: Path, stem: str) -> dict:
-    """One original's hash and its degraded files. Raises ValueError if it cannot be read."""
+def _hash(path: Path) -> str | None:
+    """SHA-256 of a file's content; None if it cannot be read."""
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    return {"sha256": digest, "files": [f"{stem}_{kind}.jpg" for kind in KINDS]}
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _unfinished(faces: Faces, folder: Path, settings: Settings, pool: ThreadPoolExecutor) -> list[Path]:
@@ -948,15 +963,12 @@ def _unfinished(faces: Faces, folder: Path, settings: Settings, pool: ThreadPool
     manifest, stems = _read_manifest(folder, settings), _output_stems(faces)
 
     def is_done(path: Path) -> bool:
+        """Whether the manifest names this very file, and its copies are there or it could not be read then."""
         entry = manifest.get(name := faces.name(path))
-        try:
-            return (
-                bool(entry)
-                and entry == _manifest_entry(path, stems[name])
-                and all((folder / file).exists() for file in entry["files"])
-            )
-        except ValueError:
+        if not entry or entry["sha256"] != _hash(path):
             return False
+        whole = entry["files"] == [f"{stems[name]}_{kind}.jpg" for kind in KINDS]
+        return "failed" in entry or (whole and all((folder / file).exists() for file in entry["files"]))
 
     return [path for path, done in zip(faces.files, pool.map(is_done, faces.files)) if not done]
 
@@ -968,7 +980,7 @@ def _estimate_bytes(files: Sequence[Path]) -> int:
     """
     pixels = []
     for path in files[:: max(1, len(files) // 50)]:
-        with contextlib.suppress(OSError), Image.open(path) as image:
+        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
             pixels.append(image.width * image.height)
     return int(2.7 * len(files) * sum(pixels) / max(1, len(pixels)))
 
@@ -1000,11 +1012,16 @@ class DegradeReport(NamedTuple):
 
 
 def _degrade_file(path: Path, faces: Faces, stem: str, folder: Path, settings: Settings) -> dict:
-    """Writes the degraded versions of one original and returns its manifest entry."""
-    entry, image = _manifest_entry(path, stem), read_image(path)
-    for kind, file in zip(KINDS, entry["files"]):
+    """Writes the degraded versions of one original and returns its manifest entry, which says if it was unreadable."""
+    entry: dict[str, Any] = {"sha256": _hash(path), "files": []}
+    try:
+        image = read_image(path)
+    except ValueError as error:
+        return entry | {"failed": str(error).removeprefix(f"{path}: ")}
+    for kind in KINDS:
         rng = np.random.default_rng(derive_seed(settings.seed, kind, faces.name(path)))
-        write_image(folder / file, degrade(image, kind, rng, settings), settings.jpeg_quality)
+        entry["files"].append(f"{stem}_{kind}.jpg")
+        write_image(folder / entry["files"][-1], degrade(image, kind, rng, settings), settings.jpeg_quality)
     return entry
 
 
@@ -1017,36 +1034,38 @@ def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int 
     Raises OSError if the result will not fit on the disk, ValueError if no original could be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    manifest, stems, failed = _read_manifest(folder, settings), _output_stems(faces), {}
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # threads: OpenCV and NumPy release the lock
         todo = _unfinished(faces, folder, settings, pool)
-        if not todo:
-            return DegradeReport(0, len(faces.files), {})
-        _check_space(todo, folder)
-        redo = {faces.name(path) for path in todo}  # forgotten before their files are replaced
-        replaced = {f"{stems[name]}_{kind}.jpg" for name in redo for kind in KINDS}
-        manifest = {n: e for n, e in manifest.items() if n not in redo and not replaced & set(e["files"])}
-        _write_manifest(folder, settings, manifest)
-        futures = {
-            pool.submit(_degrade_file, path, faces, stems[faces.name(path)], folder, settings): faces.name(path)
-            for path in todo
-        }
-        try:
-            with progress("degrading", len(todo), "original") as bar:
-                for number, future in enumerate(as_completed(futures), 1):
-                    try:
-                        manifest[futures[future]] = future.result()
-                    except ValueError as error:
-                        failed[futures[future]] = str(error)
-                    bar.update()
-                    if number % 500 == 0:  # a killed process then has little to do again
-                        _write_manifest(folder, settings, manifest)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            _write_manifest(folder, settings, manifest)
+        manifest = _degrade_files(todo, faces, folder, settings, pool) if todo else _read_manifest(folder, settings)
+    failed = {n: manifest[n]["failed"] for n in sorted(map(faces.name, faces.files)) if "failed" in manifest[n]}
     if len(failed) == len(faces.files):
-        raise ValueError("no original could be read:\n" + "\n".join(failed.values()))
-    return DegradeReport(len(todo) - len(failed), len(faces.files) - len(todo), dict(sorted(failed.items())))
+        raise ValueError("\n  ".join(["no original could be read:", *(f"{n}: {why}" for n, why in failed.items())]))
+    made = len({faces.name(path) for path in todo} - set(failed))
+    return DegradeReport(made, len(faces.files) - len(failed) - made, failed)
+
+
+def _degrade_files(
+    todo: list[Path], faces: Faces, folder: Path, settings: Settings, pool: ThreadPoolExecutor
+) -> dict[str, dict]:
+    """Degrades the originals of `todo` and returns the manifest, which is written however this ends."""
+    _check_space(todo, folder)
+    manifest, stems = _read_manifest(folder, settings), _output_stems(faces)
+    redo = {faces.name(path) for path in todo}  # forgotten before their files are replaced
+    replaced = {f"{stems[name]}_{kind}.jpg" for name in redo for kind in KINDS}
+    manifest = {n: e for n, e in manifest.items() if n not in redo and not replaced & set(e["files"])}
+    _write_manifest(folder, settings, manifest)
+    futures = {pool.submit(_degrade_file, p, faces, stems[faces.name(p)], folder, settings): p for p in todo}
+    try:
+        with progress("degrading", len(todo), "original") as bar:
+            for number, future in enumerate(as_completed(futures), 1):
+                manifest[faces.name(futures[future])] = future.result()
+                bar.update()
+                if number % 500 == 0:  # a killed process then has little to do again
+                    _write_manifest(folder, settings, manifest)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _write_manifest(folder, settings, manifest)
+    return manifest
 
 
 # ======================================================================================================================
@@ -1391,6 +1410,7 @@ class Run(NamedTuple):
     places: Places
     device: torch.device
     faces: str  # faces_id of all pairs
+    start: str = ""  # what the GAN training started from, weights_id of the pretrained generator; empty: not looked at
 
     @property
     def outputs(self) -> Path:
@@ -1399,7 +1419,7 @@ class Run(NamedTuple):
 
 def save_checkpoint(path: Path, run: Run, **content: object) -> None:
     """Saves tensors, numbers, strings and containers of them atomically, with what made them: settings and faces."""
-    made_by = {"format": CHECKPOINT_FORMAT, "settings": asdict(run.settings), "faces": run.faces}
+    made_by = {"format": CHECKPOINT_FORMAT, "settings": asdict(run.settings), "faces": run.faces, "start": run.start}
     with atomic(path) as temporary:
         torch.save(made_by | content, temporary)
 
@@ -1437,6 +1457,14 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNet
     return generator.to(device).eval()
 
 
+def weights_id(weights: Mapping[str, Tensor]) -> str:
+    """A short fingerprint of a network's state_dict."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def find_artifact(name: str, run: Run) -> Path | None:
     """The file of that name in the outputs or, failing that, the newest one in anything attached on Kaggle."""
     if (run.outputs / name).is_file():
@@ -1463,11 +1491,29 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
     differ = [f"{n} was {then.get(n)!r}, is {now.get(n)!r}" for n in names if now.get(n) != then.get(n)]
     if content["faces"] != run.faces:
         differ.append(f"its faces were {content['faces']}, these are {run.faces}")
+    if run.start and content.get("start") != run.start:
+        differ.append(f"it started from other weights ({content.get('start')}, now {run.start})")
     if differ:
         raise ValueError(
             f"{path} was made by another run: {'; '.join(differ)}. Nothing was changed. Go back to those settings and "
-            "faces, move the file away, or choose another folder with OUTPUT_DIR"
+            "faces, move the file away (or detach it, on Kaggle), or choose another folder with OUTPUT_DIR"
         )
+
+
+def adopt_attached(stage: str, files: Sequence[str], run: Run, ignore: Iterable[str] = ()) -> None:
+    """Copies what an earlier Kaggle session left of a stage into the outputs, so that they hold the whole of it.
+
+    `files` are the stage's files beside `<stage>_last.pth`, as patterns. Nothing happens if the outputs have a last
+    checkpoint of their own, or nothing is attached. Raises ValueError if another run made what is attached.
+    """
+    last = find_artifact(f"{stage}_last.pth", run)
+    if last is None or last.parent == run.outputs:
+        return
+    check_same_run(last, load_checkpoint(last), run, ignore)
+    for path in [p for pattern in (*files, last.name) for p in sorted(last.parent.glob(pattern))]:  # the last one last
+        with atomic(run.outputs / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+    print(f"{stage}: going on from what is attached in {last.parent}")
 
 
 # ======================================================================================================================
@@ -1495,8 +1541,8 @@ class Means:
         means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
         if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
             raise FloatingPointError(
-                f"{where}: the loss {', '.join(bad)} is not finite. The checkpoint of the epoch before is kept; "
-                "lower the learning rate, or look for damaged images, and run again"
+                f"{where}: the loss {', '.join(bad)} is not finite. The checkpoint of the epoch before is kept. "
+                "Look for damaged images, or lower the learning rate and start anew with another OUTPUT_DIR"
             )
         return means
 
@@ -1570,10 +1616,10 @@ def _save_training(path: Path, run: Run, parts: Mapping[str, Any], history: list
 
 def _resume_training(stage: str, run: Run, parts: Mapping[str, Any], ignore: Iterable[str]) -> list[dict]:
     """Loads the stage's last checkpoint into `parts` and returns its history; an empty one if there is none."""
-    path = find_artifact(f"{stage}_last.pth", run)
-    if path is None:
+    path = run.outputs / f"{stage}_last.pth"
+    if not path.is_file():
         return []
-    content = load_checkpoint(path, run.device)
+    content = load_checkpoint(path)  # to the CPU: the parts bring it to their device, but Adam's step counts stay there
     check_same_run(path, content, run, ignore)
     for name, part in parts.items():
         part.load_state_dict(content[name])
@@ -1595,7 +1641,8 @@ def train_epochs(
 
     `parts` is all that has a state; `step(batch, epoch, number)` makes one update and returns its losses; `finish` gets
     the history (one dict per epoch, the newest last), adds validation to it and saves what the stage saves. An epoch
-    depends on its number and on the state before it only, so a resumed run ends with the same bits.
+    depends on its number and on the state before it only, so a resumed run ends with the same bits (on a CPU: CUDA adds
+    up in no fixed order).
     """
     history = _resume_training(stage, run, parts, ignore)
     if history:
@@ -1632,13 +1679,14 @@ def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
 def pretrain_step(
     generator: UNetGenerator, optimizer: torch.optim.Optimizer, batch: tuple, run: Run
 ) -> dict[str, Tensor]:
-    """One update of the generator on L1 + 0.1 MSE, plus the detector's loss; returns L1 and MSE."""
+    """One update of the generator on L1 + 0.1 MSE + `hole_weight` x `hole_loss`; returns them one by one."""
     degraded, original, hole = to_device(batch, run.device)
     restoration = generator.restore(degraded)
     losses = image_losses(restoration.restored, original)
     loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
     if run.settings.hole_weight:
-        loss = loss + run.settings.hole_weight * hole_loss(restoration, original, hole)
+        losses["hole"] = hole_loss(restoration, original, hole)
+        loss = loss + run.settings.hole_weight * losses["hole"]
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -1658,12 +1706,15 @@ def validation_losses(generator: nn.Module, loader: DataLoader, device: torch.de
 def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: list[Pair], run: Run) -> list[dict]:
     """Pretrains on L1 + 0.1 MSE with Adam and StepLR, stops early, and leaves the best weights in `generator`.
 
+    Where `hole_weight` is not zero, `hole_loss` is minimised with it; `loss` and `val_loss` of the history are without.
+
     Writes pretrained_generator_best.pth, pretrain_last.pth (to go on from), pretrain_history.json and
     pretrain_sample_epoch_*.png. Returns the history, one dict per epoch. Started again it goes on where it stopped, and
     a finished run only reloads. Raises ValueError if other settings or faces made what is there, FloatingPointError if
     a loss is not finite.
     """
     s, best = run.settings, run.outputs / "pretrained_generator_best.pth"
+    adopt_attached("pretrain", (best.name, "pretrain_history.json", "pretrain_sample_epoch_*.png"), run, _GAN_ONLY)
     if best.is_file():
         check_same_run(best, load_checkpoint(best), run, _GAN_ONLY)
     generator.to(run.device, memory_format=torch.channels_last)
@@ -1696,7 +1747,7 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
 
     parts = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
     history = train_epochs("pretrain", s.pretrain_epochs, run, parts, loader, step, finish, stop, _GAN_ONLY)
-    generator.load_state_dict(load_checkpoint(require_artifact(best.name, run, "04"), run.device)["generator"])
+    generator.load_state_dict(load_checkpoint(best)["generator"])
     return history
 
 
@@ -1741,7 +1792,8 @@ def generator_step(
 ) -> dict[str, Tensor]:
     """One update of the generator, whose output `restoration` is: fool the discriminator, and 100 x L1.
 
-    Gradients flow through the discriminator to the generator, but the discriminator itself is frozen meanwhile.
+    With `hole_weight`, `hole_loss` counts beside L1 and like it. Gradients flow through the discriminator to the
+    generator, but the discriminator itself is frozen meanwhile.
     """
     discriminator.requires_grad_(False)
     score = discriminator(degraded, restoration.restored)
@@ -1749,7 +1801,8 @@ def generator_step(
     losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restoration.restored, original)}
     loss = losses["g_adv"] + settings.l1_weight * losses["g_l1"]
     if settings.hole_weight:
-        loss = loss + settings.l1_weight * settings.hole_weight * hole_loss(restoration, original, hole)
+        losses["g_hole"] = hole_loss(restoration, original, hole)
+        loss = loss + settings.l1_weight * settings.hole_weight * losses["g_hole"]
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -1776,9 +1829,11 @@ def train_gan(
     Returns the history, one dict per epoch. Resumes, and raises, as `pretrain_generator`.
     """
     s, final = run.settings, run.outputs / "face_restoration_generator_final.pth"
+    run = run._replace(start=load_pretrained(generator, run))
+    files = ("face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png")
+    adopt_attached("gan", files, run)
     if final.is_file():
         check_same_run(final, load_checkpoint(final), run)
-    load_pretrained(generator, run)
     generator.to(run.device, memory_format=torch.channels_last)
     discriminator.to(run.device, memory_format=torch.channels_last)
     optimizer_g = torch.optim.Adam(generator.parameters(), s.generator_lr, s.gan_betas)
@@ -1823,18 +1878,21 @@ def train_gan(
     return history
 
 
-def load_pretrained(generator: UNetGenerator, run: Run) -> bool:
-    """Loads the pretraining's best weights into `generator` if they are there; says so either way."""
+def load_pretrained(generator: UNetGenerator, run: Run) -> str:
+    """Loads the pretraining's best weights into `generator` if they are there and says so either way.
+
+    Returns the fingerprint of the weights it leaves in `generator`.
+    """
     name = "pretrained_generator_best.pth"
     path = find_artifact(name, run)
     if path is None:
         print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH (run notebook 04 first)")
-        return False
+        return weights_id(generator.state_dict())
     content = load_checkpoint(path)
     check_same_run(path, content, run, _GAN_ONLY)
     generator.load_state_dict(content["generator"])
     print(f"The generator starts from {path.name}, epoch {content['epoch']} of the pretraining")
-    return True
+    return weights_id(generator.state_dict())
 
 
 # ======================================================================================================================
@@ -1965,7 +2023,8 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, str]], path: Path) -> plt.Figure:
     """Curves over the epochs, a panel per title; `panels` maps title to {key of the history: label}."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), squeeze=False, layout="constrained")
+    panels = {title: curves for title, curves in panels.items() if any(key in row for key in curves for row in history)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, (title, curves) in zip(axes[0], panels.items()):
         for key, label in curves.items():
             rows = [row for row in history if key in row]
@@ -1979,9 +2038,10 @@ def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, s
 
 
 def plot_pretrain_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
-    """Training and validation loss of the pretraining (L1 + 0.1 MSE), drawn and saved as `path`."""
-    curves = {"loss": "training (damaged and mirrored pairs)", "val_loss": "validation (averaged weights)"}
-    return _plot_curves(history, {"Pretraining: L1 + 0.1 MSE": curves}, path)
+    """Training and validation loss of the pretraining (L1 + 0.1 MSE), and the hole loss, drawn and saved as `path`."""
+    curves = {"loss": "training", "val_loss": "validation (averaged weights)"}
+    panels = {"Pretraining: L1 + 0.1 MSE": curves, "Finding and filling holes": {"hole": "training"}}
+    return _plot_curves(history, panels, path)
 
 
 def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
@@ -1990,6 +2050,7 @@ def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
         "Discriminator (0.25: it cannot tell)": {"d_real": "on real pairs", "d_fake": "on fake pairs"},
         "Generator, adversarial": {"g_adv": "(D(fake) - 1)²"},
         "Generator, L1": {"g_l1": "training", "val_l1": "validation (averaged weights)"},
+        "Finding and filling holes": {"g_hole": "training"},
     }
     return _plot_curves(history, panels, path)
 

@@ -3,6 +3,7 @@
 import colorsys
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 from collections import namedtuple
@@ -195,3 +196,65 @@ def test_the_manifest_says_what_made_each_file(faces, places, pairs):
     expected = ru.occlude_irregular(ru.read_image(faces.files[4]), rng)
     written = cv2.imread(str(pair.degraded))
     assert np.abs(written.astype(int) - expected).mean() < 2
+
+
+def test_a_file_that_cannot_be_read_is_remembered_until_it_changes(faces, places):
+    bad = faces.folder / "bad.jpg"
+    bad.write_text("not a picture")
+    more = ru.Faces(faces.folder, "", ru.list_images(faces.folder))
+    ru.degrade_folder(more, places.degraded, TINY)
+    report = ru.degrade_folder(more, places.degraded, TINY)
+    assert report[:2] == (0, 10) and set(report.failed) == {"bad.jpg"}
+    lines = []
+    attached = dataclasses.replace(places, degraded=places.outputs / "other", attached=places.outputs)
+    assert len(ru.prepare_pairs(more, attached, TINY, lines.append)) == 30 and "attached" in lines[0]
+    bad.write_bytes(faces.files[0].read_bytes())
+    report = ru.degrade_folder(more, places.degraded, TINY)
+    assert report == (1, 10, {})
+    bad.write_text("broken again")
+    assert ru.degrade_folder(more, places.degraded, TINY).failed and len(ru.prepare_pairs(more, places, TINY)) == 30
+
+
+def test_copies_of_other_originals_are_never_taken_for_ones_own(faces, tmp_path):
+    """The same file names from another folder of faces: their entries go before their files are replaced."""
+    for number, path in enumerate(faces.files):
+        ru.write_image(tmp_path / "up" / "faces" / path.name, grey(20 * number, 64))
+    inner = ru.Faces(tmp_path / "up" / "faces", "", ru.list_images(tmp_path / "up" / "faces"))
+    outer = ru.Faces(tmp_path / "up", "", inner.files)  # the same files under longer names
+    for now in (inner, outer, inner):
+        assert ru.degrade_folder(now, tmp_path / "d", TINY).made == 10
+        manifest = json.loads((tmp_path / "d" / ru.MANIFEST).read_text())["originals"]
+        assert set(manifest) == {now.name(path) for path in now.files}
+    ru.degrade_folder(inner, tmp_path / "fresh", TINY)
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "fresh")
+
+
+def test_jpegs_with_a_thumbnail_or_data_behind_the_end_are_judged_by_their_own_scan(tmp_path):
+    small, large = Image.fromarray(grey(10, 16)), Image.fromarray(grey(200, 64))
+    thumbnail = io.BytesIO()
+    small.save(thumbnail, "JPEG")
+    large.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + thumbnail.getvalue())
+    whole = (tmp_path / "a.jpg").read_bytes()
+    assert ru.read_image(tmp_path / "a.jpg").shape == (64, 64, 3)
+    (tmp_path / "video.jpg").write_bytes(whole + b"\xff\xda a film follows" * 20)
+    assert np.array_equal(ru.read_image(tmp_path / "video.jpg"), ru.read_image(tmp_path / "a.jpg"))
+    (tmp_path / "cut.jpg").write_bytes(whole[:-20])  # the thumbnail's end marker is still there
+    with pytest.raises(ValueError, match=r"cut\.jpg: the JPEG is truncated"):
+        ru.read_image(tmp_path / "cut.jpg")
+
+
+def test_files_are_read_and_written_exactly_as_cv2_imread_and_imwrite_do(faces, tmp_path):
+    picture = cv2.imread(str(faces.files[0]))
+    assert np.array_equal(ru.read_image(faces.files[0]), picture)
+    deep = np.arange(64 * 64 * 3, dtype=np.uint16).reshape(64, 64, 3) * 5
+    for name, image in {
+        "grey.png": picture[..., 0],
+        "alpha.png": np.dstack([picture, picture[..., :1]]),
+        "16.png": deep,
+    }.items():
+        cv2.imwrite(str(tmp_path / name), image)
+        assert np.array_equal(ru.read_image(tmp_path / name), cv2.imread(str(tmp_path / name))), name
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    cv2.imwrite(str(tmp_path / "theirs.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 95, *sampling])
+    ru.write_image(tmp_path / "ảnh cũ.jpg", picture)
+    assert (tmp_path / "ảnh cũ.jpg").read_bytes() == (tmp_path / "theirs.jpg").read_bytes()

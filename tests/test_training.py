@@ -180,8 +180,35 @@ def test_gan_schedules_fire_and_its_files_are_there(run, pairs, monkeypatch, cap
 def test_gan_starts_from_the_pretrained_weights(run, pairs, capsys):
     pretrained, _ = pretrain(run, pairs)
     generator = ru.build_generator(run.settings)
-    assert ru.load_pretrained(generator, run)
+    assert ru.load_pretrained(generator, run) == ru.weights_id(pretrained.state_dict())
     assert same(dict(generator.state_dict()), dict(pretrained.state_dict()))
+
+
+def test_a_gan_run_from_scratch_is_not_continued_as_one_from_pretrained_weights(run, pairs):
+    train_gan(run, pairs)
+    pretrain(run, pairs)
+    with pytest.raises(ValueError, match="started from other weights"):
+        train_gan(run, pairs)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "gan"])
+def test_a_stage_attached_from_an_earlier_session_goes_on_in_the_outputs(run, pairs, places, tmp_path, stage):
+    train, key = (pretrain, "pretrain_epochs") if stage == "pretrain" else (train_gan, "gan_epochs")
+    train(with_settings(run, **{key: 1}), pairs)
+    later = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "new", attached=places.outputs))
+    _, *_, history = train(with_settings(later, **{key: 2}), pairs)
+    assert len(history) == 2
+    theirs, ours = (
+        {path.name for path in folder.iterdir() if path.is_file()} for folder in (places.outputs, tmp_path / "new")
+    )
+    assert theirs <= ours and f"{stage}_sample_epoch_2.png" in ours
+    train(with_settings(later._replace(places=places), **{key: 2}), pairs)
+    one, two = (ru.load_checkpoint(folder / f"{stage}_last.pth") for folder in (places.outputs, tmp_path / "new"))
+    assert same(one["generator"], two["generator"])
+    other = dataclasses.replace(later.places, outputs=tmp_path / "third")
+    with pytest.raises(ValueError, match="detach"):
+        train(with_settings(later._replace(places=other), noise_sigma=9), pairs)
+    assert not list((tmp_path / "third").glob("*"))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(run, pairs, monkeypatch):
