@@ -81,6 +81,7 @@ class Settings:
     pretrain_batch: int = 8
     gan_batch: int = 4
     flip: float = 0.5  # probability of mirroring a training pair
+    fresh: float = 0.5  # probability that a training pair's damage is drawn anew, other than the file's, of its kind
     clean: float = 0.0  # probability that a training pair's degraded image is replaced by its original
 
     # step 3, models
@@ -89,7 +90,7 @@ class Settings:
     full_resolution_channels: int = 32  # of the generator's output layer, where the input joins as the last skip
 
     # both trainings
-    hole_weight: float = 1.0  # of the loss that teaches the generator to find and fill holes, relative to L1
+    parts_weight: float = 1.0  # of the loss that teaches the generator's parts (colour, holes), relative to L1
     ema: float = 0.99  # decay of the average of the weights that is validated and saved
     lr_gamma: float = 0.1  # StepLR's factor
     sample_every: int = 1  # epochs
@@ -254,6 +255,7 @@ class _CellLine(io.TextIOBase):
         self.handle = display({"text/plain": ""}, raw=True, display_id=True)
 
     def write(self, text: str) -> int:
+        """Shows the line."""
         if line := text.strip("\r\n "):
             self.handle.update({"text/plain": line}, raw=True)
         return len(text)
@@ -315,9 +317,14 @@ def _is_truncated_jpeg(content: bytes) -> bool:
     return content.find(b"\xff\xd9", position) < 0
 
 
+def to_pil(image: np.ndarray) -> Image.Image:
+    """A uint8 BGR array (H, W, 3) as a PIL image in RGB."""
+    return Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+
+
 def open_image(path: str | Path) -> Image.Image:
     """The file as a PIL image in RGB, with exactly the pixels of `read_image`."""
-    return Image.fromarray(cv2.cvtColor(read_image(path), cv2.COLOR_BGR2RGB))
+    return to_pil(read_image(path))
 
 
 def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality) -> None:
@@ -342,7 +349,8 @@ def list_images(folder: Path) -> list[Path]:
         found += [Path(parent, n) for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
     known = {path.with_suffix("") for path in found}
 
-    def is_degraded(path: Path) -> bool:  # x_noisy.jpg where x.jpg lies beside it
+    def is_degraded(path: Path) -> bool:
+        """Whether it is called x_noisy.jpg, say, where x.jpg lies beside it."""
         stem, _, kind = path.stem.rpartition("_")
         return kind in KINDS and path.with_name(stem) in known
 
@@ -407,7 +415,8 @@ def draw_person(rng):
     light = np.array((rng.choice((-1, 1)) * rng.uniform(0.2, 0.8), rng.uniform(-0.75, -0.3), 0.75))
     warm, morph = np.array((-1, 0, 1)) * rng.uniform(-0.08, 0.12), rng.normal(0, 1, len(MORPHS)).clip(-2, 2)
     morph[[1, 12, 13]] = morph[1] - woman, rng.uniform(-0.1, 1.2), 0.8 - 1.6 * woman  # jaw, smile and neck
-    hat, beards = rng.random() < 0.12, "none none stubble stubble full full moustache"
+    hat, beards = rng.random() < 0.18, "none none stubble stubble full full moustache"
+    weaves = "plain plain plain stripes rows checks dots"
     style = str(rng.choice(styles.split()))
     if hat:  # a scarf hides the hair, a cap most of it
         style = "bald" if woman else "short"
@@ -415,6 +424,8 @@ def draw_person(rng):
         woman=woman, age=age, skin=skin, hair=hair / 255, eyes=np.array(EYES[rng.integers(2 if tone < 3 else 6)]) / 255,
         cloth=np.array(CLOTHS[rng.integers(12)]) / 255, wool=np.array(CLOTHS[rng.integers(12)]) / 255,
         hat=hat, style=style, neckline=int(rng.integers(5)), glasses=rng.random() < 0.15 + 0.2 * age, morph=morph,
+        pattern=str(rng.choice(weaves.split())), weave=rng.uniform(0.12, 0.5), pins=4 * (rng.random() < 0.25),
+        jacket=rng.random() < 0.3, band=rng.random() < 0.6, dark=np.array(CLOTHS[1 + rng.integers(3)]) / 255,
         part=rng.uniform(-0.3, 0.3), length=rng.uniform(0.9, 1.7), volume=rng.uniform(0.8, 0.98),
         beard="none" if woman else str(rng.choice(beards.split())), freckles=70 * (tone > 3.5 and rng.random() < 0.3),
         teeth=0.05 * (morph[12] > 0.4 and rng.random() < 0.5), turn=rng.uniform(-0.12, 0.12), tilt=rng.normal(0, 0.06),
@@ -512,7 +523,19 @@ def background(rng, size):
         r = rng.uniform(0.08, 0.25)
         fill(image, oval(cx, cy, r, r), (base + 0.3) * 1.2, rng.uniform(0.04, 0.3), 0.03)
     image = (image * (1.05 - 0.14 * (x * x + y * y))[..., None]).clip(0.02, 1).astype(np.float32)
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    for _ in range(rng.integers(1, 4) if rng.random() < 0.35 else 0):  # windows, frames, shelves: light and dark edges
+        cx, cy, rx, ry = rng.uniform((-1.7, -1.7, 0.15, 0.3), (1.7, 0.6, 0.6, 1))
+        fill(image, oval(cx, cy, rx, ry, 0.2), rng.choice((0.02, 0.3, 0.6, 0.99)) + rng.normal(0, 0.02, 3), 0.9, 0.016)
+    return image
+
+
+def pattern(p):
+    """The colour of the clothes, plain or with stripes, rows, checks or dots of a second one: a picture of the grid."""
+    y, x = np.mgrid[0:GRID, 0:GRID] * p["weave"]
+    x, y = {"rows": 0 * x + 1.6, "plain": 0 * x}.get(p["pattern"], x), {"stripes": 0 * y + 1.6}.get(p["pattern"], y)
+    share = np.clip(4 * (np.sin(x) * np.sin(y) - 0.5 * (p["pattern"] == "dots")), 0, 1)[..., None]
+    return p["cloth"] + (p["wool"] - p["cloth"]) * share
 
 
 def relight(albedo, height, p, size, gloss=0.065):
@@ -550,12 +573,19 @@ def paint_body(rng, image, p):
     fill(bare, garment - (0, 0.02), (0.5, 0.5, 0.55), 0.8, 0.02, True)
     fill(image, mirror(body), bare)
     folds = 0.04 * noise(rng, 10, 10, GRID) + 0.02 * noise(rng, 6, 30, GRID)
-    worn = relight(p["cloth"], bulge(body * (1.04, 1) - (0, 0.05), 0.45) + folds, p, len(image), 0.01)
+    worn = relight(pattern(p), bulge(body * (1.04, 1) - (0, 0.05), 0.45) + folds, p, len(image), 0.01)
     fill(image, garment, worn)
+    for k, place in enumerate(rng.uniform((-0.9, 1.5), (0.9, 1.62), (p["pins"], 2))):  # badges and buttons
+        fill(image, oval(*place, 0.02 + 0.02 * k, 0.035), 0.97 - 0.94 * (k % 2) * np.ones(3), 0.95, 0.002)
     flap = np.array(((0.38, 0.98), (0.5, 1.08), (0.5, 1.4), (0.3, 1.5), (0.02, 1.62)))
     for k in (-1, 1):
         fill(image, ribbon(edge[::5] * (k, 1) + (0, 0.06), 0.02), (0.6, 0.6, 0.6), 0.6, 0.008, True)
-        if p["neckline"] == 4:
+        if p["jacket"]:
+            front = np.array(((0.4, 1), (0.42, 1.16), (0.3, 1.42), (0.04, 2), (2.2, 2.5), (1.6, 1.5), (0.7, 1.2)))
+            fill(image, front * (k, 1) + (0, 0.03), (0.5, 0.5, 0.5), 0.7, 0.025, True)
+            shape = bulge(body * (1.06, 1) - (0, 0.07), 0.45) + folds
+            fill(image, front * (k, 1), relight(p["dark"], shape, p, len(image), 0.01))
+        elif p["neckline"] == 4:
             fill(image, flap * (k, 1) + (0, 0.03), (0.5, 0.5, 0.5), 0.7, 0.025, True)
             fill(image, flap * (k, 1), np.minimum(worn * 1.1 + 0.01, 1))
 
@@ -720,7 +750,7 @@ def paint_glasses(image):
 
 
 def paint_hat(rng, image, p):
-    """A knitted cap, or for women a head scarf."""
+    """A knitted cap, perhaps with a band, or for women a head scarf."""
     inner = ((0, -0.62), (0.35, -0.55), (0.57, -0.25), (0.6, 0.15), (0.5, 0.6), (0.36, 0.84), (0.17, 0.99), (0, 1.03))
     outer = ((0, -1.2), (0.45, -1.1), (0.76, -0.7), (0.83, -0.1), (0.78, 0.6), (0.9, 1.2), (1.1, 1.7), (0, 2.2))
     folds = 0.012 * noise(rng, 9, 9, GRID) + 0.02 * noise(rng, 5, 24, GRID)
@@ -730,6 +760,10 @@ def paint_hat(rng, image, p):
     outline = mirror(np.concatenate((curve(outer), curve(inner)[::1 if not p["woman"] else -1])))
     fill(image, outline + (-0.05 * p["light"][0], 0.05), (0.5, 0.48, 0.52), 0.8, 0.04, True)
     fill(image, outline, relight(p["wool"], bulge(curve(outer), 0.7) + folds, p, len(image), 0.01), 1, 0.004)
+    if p["band"] and not p["woman"]:  # a dark band with a badge
+        band = mirror(((0.74, -0.2), (0.4, -0.33), (0, -0.37), (0, -0.66), (0.4, -0.62), (0.75, -0.47)))
+        fill(image, band, relight(p["dark"], bulge(curve(outer), 0.7), p, len(image), 0.02), 1, 0.003)
+        fill(image, oval(0, -0.52, 0.07, 0.09), (0.7, 0.85, 0.9), 0.95, 0.002)
 
 
 def pose(rng, image, p):
@@ -775,6 +809,7 @@ def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
     """Draws `count` synthetic portraits of `size` px as portrait_0000.jpg and so on; those already there are kept."""
 
     def draw(index: int) -> None:
+        """Draws one; which one depends on its number only."""
         write_image(folder / f"portrait_{index:04d}.jpg", draw_portrait(np.random.default_rng([seed, index]), size))
 
     missing = [i for i in range(count) if not (folder / f"portrait_{i:04d}.jpg").exists()]
@@ -797,6 +832,7 @@ class Faces(NamedTuple):
 
 
 def _faces_folder(settings: Settings, places: Places, environ: Mapping[str, str]) -> tuple[Path, str]:
+    """The folder of the originals, and what they are in words."""
     if environ.get("FACES_DIR"):
         folder = Path(environ["FACES_DIR"]).expanduser().resolve()
         if not folder.is_dir():
@@ -947,6 +983,7 @@ def _read_manifest(folder: Path, settings: Settings) -> dict[str, dict]:
 
 
 def _write_manifest(folder: Path, settings: Settings, originals: dict[str, dict]) -> None:
+    """Records what was made in `folder`, and by which recipe."""
     write_json(folder / MANIFEST, {"recipe": _recipe(settings), "originals": originals})
 
 
@@ -1160,7 +1197,8 @@ class FaceRestorationGANDataset(Dataset):
 
     `hole` is the occlusion's true mask, float (1, 256, 256) in [0, 1], drawn again from the seed; zero for other kinds.
     An item is asked for by its index, or by (index, seed) to train with: the seed then decides whether the pair is
-    mirrored and whether the degraded image is replaced by its original (`flip` and `clean` in the settings).
+    mirrored, and whether the degraded image is replaced by its original or by one with fresh damage of the same kind
+    (`flip`, `clean` and `fresh` in the settings).
     """
 
     def __init__(self, pairs: Sequence[Pair], settings: Settings = PROFILES["full"]) -> None:
@@ -1173,27 +1211,46 @@ class FaceRestorationGANDataset(Dataset):
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, Tensor, dict]:
         index, seed = item if isinstance(item, tuple) else (item, None)
         pair = self.pairs[index]
-        degraded, original, hole = self._load(pair.degraded), self._load(pair.original), self._hole(pair)
-        if seed is not None:
-            mirror, clean = np.random.default_rng(seed).random(2)
-            if clean < self.settings.clean:
-                degraded, hole = original, torch.zeros_like(hole)
-            if mirror < self.settings.flip:
-                degraded, original, hole = degraded.flip(-1), original.flip(-1), hole.flip(-1)
-        return degraded, original, {"kind": pair.kind, "name": pair.name, "hole": hole}
+        info = {"kind": pair.kind, "name": pair.name}
+        original = self._load(pair.original)
+        if seed is None:
+            degraded, hole = self._from_file(pair)
+            return degraded, original, info | {"hole": hole}
+        rng = np.random.default_rng(seed)
+        mirror, replace = rng.random(2)
+        if replace < self.settings.clean:
+            degraded, hole = original, torch.zeros_like(original[:1])
+        elif replace < self.settings.clean + self.settings.fresh:
+            degraded, hole = self._damaged_anew(pair, int(rng.integers(2**62)))
+        else:
+            degraded, hole = self._from_file(pair)
+        if mirror < self.settings.flip:
+            degraded, original, hole = degraded.flip(-1), original.flip(-1), hole.flip(-1)
+        return degraded, original, info | {"hole": hole}
 
     def _load(self, path: Path) -> Tensor:
+        """One image as a tensor."""
         return self.transform(_resized(path, path.stat().st_mtime_ns, self.settings.image_size))
 
-    def _hole(self, pair: Pair) -> Tensor:
-        size = self.settings.image_size
-        if pair.kind != "occluded":
-            return torch.zeros(1, size, size)
+    def _from_file(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """The degraded image and its hole."""
         with Image.open(pair.degraded) as image:
             shape = (image.height, image.width)
-        rng = np.random.default_rng(derive_seed(self.settings.seed, pair.kind, pair.name))
-        mask = Image.fromarray(occlusion_mask(shape, rng, self.settings))
-        return transforms.functional.to_tensor(mask.resize((size, size), Image.Resampling.BILINEAR))
+        return self._load(pair.degraded), self._hole(pair, shape, derive_seed(self.settings.seed, pair.kind, pair.name))
+
+    def _damaged_anew(self, pair: Pair, seed: int) -> tuple[Tensor, Tensor]:
+        """As `_from_file`, with another degradation of the same kind."""
+        image = read_image(pair.original)
+        degraded = degrade(image, pair.kind, np.random.default_rng(seed), self.settings)
+        return self.transform(to_pil(degraded)), self._hole(pair, image.shape, seed)
+
+    def _hole(self, pair: Pair, shape: Sequence[int], seed: int) -> Tensor:
+        """The true mask of the damage that `seed` drew into an image of `shape`."""
+        size = (self.settings.image_size,) * 2
+        if pair.kind != "occluded":
+            return torch.zeros(1, *size)
+        mask = Image.fromarray(occlusion_mask(shape, np.random.default_rng(seed), self.settings))
+        return transforms.functional.to_tensor(mask.resize(size, Image.Resampling.BILINEAR))
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -1262,10 +1319,39 @@ class DecoderLayer(nn.Sequential):
         super().__init__(nn.ReLU(), upsample, nn.BatchNorm2d(outputs))
 
 
+class ColorHead(nn.Module):
+    """Estimates how far a photograph has faded, and undoes it: one brightness and one saturation for the whole image.
+
+    With V = max(R, G, B), multiplying S and V of HSV by constants turns each channel c into v (V + s (c - V)), and
+    undoing it does so too. The two numbers come from means and standard deviations of features of the picture at 64 px
+    (a global change estimated at low resolution: Gharbi et al. 2017). No norm: it would hide what is to be measured.
+    """
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        first, second = (nn.Conv2d(i, o, 3, 2, padding=1) for i, o in ((6, channels), (channels, 2 * channels)))
+        self.features = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2))
+        self.gains = nn.Sequential(nn.Linear(4 * channels, 64), nn.LeakyReLU(0.2), nn.Linear(64, 2))
+        nn.init.zeros_(self.gains[-1].weight)  # starts as the identity
+        nn.init.zeros_(self.gains[-1].bias)
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        """The recoloured image, not clipped: (N, 3, 256, 256), 0 is half grey."""
+        rgb = (degraded + 1) / 2
+        small = F.avg_pool2d(rgb, 4)  # (N, 3, 64, 64)
+        high, low = small.amax(1, keepdim=True), small.amin(1, keepdim=True)
+        x = self.features(torch.cat([2 * small - 1, high, low, (high - low) / (high + 0.05)], 1))  # (N, 2C, 16, 16)
+        gains = self.gains(torch.cat([x.mean((2, 3)), x.std((2, 3))], 1))  # (N, 2)
+        brightness, saturation = (5 * gains).clamp(-2, 2).exp()[:, :, None, None, None].unbind(1)  # 5: learns faster
+        value = rgb.amax(1, keepdim=True)
+        return 2 * brightness * (value + saturation * (rgb - value)) - 1  # (N, 3, 256, 256)
+
+
 class Restoration(NamedTuple):
     """What the generator thinks: `restored` is its output, the others are the parts that training supervises."""
 
     restored: Tensor  # (N, 3, 256, 256) in [-1, 1]
+    recolored: Tensor  # (N, 3, 256, 256), the input with its colours mended, not clipped
     hole: Tensor  # (N, 1, 256, 256), logits of the probability that a pixel was covered
     fill: Tensor  # (N, 3, 256, 256) in [-1, 1], what to paint there
 
@@ -1274,42 +1360,31 @@ class OutputLayer(nn.Module):
     """Brings 128 x 128 features to the 256 x 256 image, with the degraded input itself as one more skip.
 
     Restored means: keep what is good. So the layer starts as the identity on its input and learns three departures
-    from it: a colour transform of the whole image (predicted from the bottleneck, which sees all of it), a
-    correction of every pixel, and a picture painted through Tanh into the holes that it detects. Colour and correction
-    go through Tanh as well, so the output lies in [-1, 1] whatever the weights.
+    from it: mended colours of the whole image, a correction of every pixel, and a picture painted through Tanh into the
+    holes that it detects. Colour and correction go through Tanh as well, so the output lies in [-1, 1] whatever the
+    weights.
     """
 
-    def __init__(self, inputs: int, bottleneck: int, channels: int) -> None:
+    def __init__(self, inputs: int, channels: int) -> None:
         super().__init__()
         self.upsample = nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1)
         self.mix = nn.Conv2d(channels + 3, channels, 3, padding=1)
         self.parts = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, fill, hole
-        self.color = nn.Linear(bottleneck, 3 * 5)
+        self.recolor = ColorHead()
         with torch.no_grad():
-            self.color.weight.zero_()
-            self.color.bias.zero_()
             self.parts.weight[:3] *= 0.1
             self.parts.bias[:] = torch.tensor([0.0] * 6 + [-3.0])  # holes are rare
 
-    def forward(self, features: Tensor, bottleneck: Tensor, degraded: Tensor) -> Restoration:
+    def forward(self, features: Tensor, degraded: Tensor) -> Restoration:
+        """From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input."""
         upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
         mixed = F.relu(self.mix(torch.cat([upsampled, degraded], 1)))  # (N, C, 256, 256)
         correction, fill, hole = self.parts(torch.cat([mixed, degraded], 1)).split([3, 3, 1], 1)
-        recolored = self._recolor(degraded, bottleneck)  # (N, 3, 256, 256)
+        recolored = self.recolor(degraded)  # (N, 3, 256, 256)
         limit = 1 - 1 / 255  # half an 8-bit step inside Tanh's open range
         kept = torch.tanh(torch.atanh(recolored.clamp(-limit, limit)) + correction)
         fill = torch.tanh(fill)
-        return Restoration(kept + torch.sigmoid(hole) * (fill - kept), hole, fill)
-
-    def _recolor(self, degraded: Tensor, bottleneck: Tensor) -> Tensor:
-        """Adds to every pixel a linear function of its R, G, B, max(R, G, B) and 1, one function per image.
-
-        Multiplying S and V of HSV by constants is exactly such a function, and so is undoing it:
-        with V = max(R, G, B), each channel c is V - V S h_c for an h_c that depends on the hue alone.
-        """
-        matrix = self.color(F.relu(bottleneck.flatten(1))).view(-1, 3, 5)
-        terms = torch.cat([degraded, degraded.amax(1, keepdim=True), torch.ones_like(degraded[:, :1])], 1)
-        return degraded + torch.einsum("nij,njhw->nihw", matrix, terms)
+        return Restoration(kept + torch.sigmoid(hole) * (fill - kept), recolored, hole, fill)
 
 
 class UNetGenerator(nn.Module):
@@ -1330,9 +1405,10 @@ class UNetGenerator(nn.Module):
         self.decoder = nn.ModuleList([DecoderLayer(widths[7], widths[6])])
         for number in range(6, 0, -1):
             self.decoder.append(DecoderLayer(2 * widths[number], widths[number - 1]))
-        self.output = OutputLayer(2 * widths[0], widths[7], full_resolution_channels)
+        self.output = OutputLayer(2 * widths[0], full_resolution_channels)
 
     def forward(self, degraded: Tensor) -> Tensor:
+        """The restored images only."""
         return self.restore(degraded).restored
 
     def restore(self, degraded: Tensor) -> Restoration:
@@ -1342,10 +1418,10 @@ class UNetGenerator(nn.Module):
         for layer in self.encoder:
             x = layer(x)
             maps.append(x)  # (N, W, 128, 128), (N, 2W, 64, 64), ... (N, 8W, 1, 1)
-        bottleneck = maps.pop()
+        maps.pop()  # the bottleneck is no skip
         for layer in self.decoder:
             x = torch.cat([layer(x), maps.pop()], 1)  # (N, 16W, 2, 2), ... (N, 2W, 128, 128)
-        return self.output(x, bottleneck, degraded)
+        return self.output(x, degraded)
 
 
 def check_images(images: Tensor, who: str) -> None:
@@ -1372,6 +1448,7 @@ class PatchGANDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, stride=1, padding=1))
 
     def forward(self, degraded: Tensor, candidate: Tensor) -> Tensor:
+        """Scores of the candidates, which are restored or original."""
         check_images(degraded, "the discriminator")
         check_images(candidate, "the discriminator")
         return self.layers(torch.cat([degraded, candidate], 1))  # (N, 6, 256, 256) to (N, 1, 30, 30)
@@ -1414,6 +1491,7 @@ class Run(NamedTuple):
 
     @property
     def outputs(self) -> Path:
+        """Where everything is written."""
         return self.places.outputs
 
 
@@ -1532,6 +1610,7 @@ class Means:
         self.counts: Counter[str] = Counter()
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
+        """Counts a batch's mean losses for its `images`."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + loss.detach().double() * images
             self.counts[name] += images
@@ -1600,17 +1679,20 @@ def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Pat
     write_image(path, np.ascontiguousarray(grid.numpy()[..., ::-1]))
 
 
-def hole_loss(restoration: Restoration, original: Tensor, hole: Tensor) -> Tensor:
-    """Teaches the detector where damage is, and the painter what belongs there, each on its own.
+def parts_loss(restoration: Restoration, original: Tensor, hole: Tensor) -> Tensor:
+    """Teaches the parts of the output layer their tasks, each on its own: mend colours, find holes, fill them.
 
-    Cross-entropy of the detected against the true holes, plus the fill's L1 inside the true ones, times 10 since they
-    are few. Without the second term the painter only learns through a detector that is not yet sure.
+    L1 of the recoloured image outside the holes, cross-entropy of the detected against the true holes, and L1 of the
+    fill inside the true ones, times 10 since they are few. Through the blended output alone, the painter would learn
+    only by way of a detector that is not yet sure, and the colours by way of a Tanh that has corrected them already.
     """
-    detection = F.binary_cross_entropy_with_logits(restoration.hole, hole)
-    return detection + 10 * (hole * (restoration.fill - original).abs()).mean()
+    recolor = ((1 - hole) * (restoration.recolored - original).abs()).mean()
+    fill = (hole * (restoration.fill - original).abs()).mean()
+    return recolor + F.binary_cross_entropy_with_logits(restoration.hole, hole) + 10 * fill
 
 
 def _save_training(path: Path, run: Run, parts: Mapping[str, Any], history: list[dict]) -> None:
+    """Saves the state of all `parts`, to go on from."""
     save_checkpoint(path, run, history=history, **{name: part.state_dict() for name, part in parts.items()})
 
 
@@ -1679,14 +1761,14 @@ def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
 def pretrain_step(
     generator: UNetGenerator, optimizer: torch.optim.Optimizer, batch: tuple, run: Run
 ) -> dict[str, Tensor]:
-    """One update of the generator on L1 + 0.1 MSE + `hole_weight` x `hole_loss`; returns them one by one."""
+    """One update of the generator on L1 + 0.1 MSE + `parts_weight` x `parts_loss`; returns them one by one."""
     degraded, original, hole = to_device(batch, run.device)
     restoration = generator.restore(degraded)
     losses = image_losses(restoration.restored, original)
     loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
-    if run.settings.hole_weight:
-        losses["hole"] = hole_loss(restoration, original, hole)
-        loss = loss + run.settings.hole_weight * losses["hole"]
+    if run.settings.parts_weight:
+        losses["parts"] = parts_loss(restoration, original, hole)
+        loss = loss + run.settings.parts_weight * losses["parts"]
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -1706,7 +1788,7 @@ def validation_losses(generator: nn.Module, loader: DataLoader, device: torch.de
 def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: list[Pair], run: Run) -> list[dict]:
     """Pretrains on L1 + 0.1 MSE with Adam and StepLR, stops early, and leaves the best weights in `generator`.
 
-    Where `hole_weight` is not zero, `hole_loss` is minimised with it; `loss` and `val_loss` of the history are without.
+    Unless `parts_weight` is zero, `parts_loss` is minimised too; `loss` and `val_loss` in the history are without it.
 
     Writes pretrained_generator_best.pth, pretrain_last.pth (to go on from), pretrain_history.json and
     pretrain_sample_epoch_*.png. Returns the history, one dict per epoch. Started again it goes on where it stopped, and
@@ -1726,11 +1808,13 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
     samples = sample_batch(validation, run)
 
     def step(batch: tuple, epoch: int, number: int) -> dict[str, Tensor]:
+        """One update, and the average follows."""
         losses = pretrain_step(generator, optimizer, batch, run)
         average.update_parameters(generator)
         return losses
 
     def finish(history: list[dict]) -> None:
+        """Validation, schedules, and what is saved after an epoch."""
         row = history[-1]
         row["loss"] = row.pop("l1") + s.mse_weight * row.pop("mse")
         losses = validation_losses(average.module, validation_loader, run.device)
@@ -1743,6 +1827,7 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
             save_samples(average.module, samples, run.outputs / f"pretrain_sample_epoch_{row['epoch']}.png")
 
     def stop(history: list[dict]) -> bool:
+        """Early stopping."""
         return len(history) - best_epoch(history) >= s.patience
 
     parts = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
@@ -1792,7 +1877,7 @@ def generator_step(
 ) -> dict[str, Tensor]:
     """One update of the generator, whose output `restoration` is: fool the discriminator, and 100 x L1.
 
-    With `hole_weight`, `hole_loss` counts beside L1 and like it. Gradients flow through the discriminator to the
+    With `parts_weight`, `parts_loss` counts beside L1 and like it. Gradients flow through the discriminator to the
     generator, but the discriminator itself is frozen meanwhile.
     """
     discriminator.requires_grad_(False)
@@ -1800,9 +1885,9 @@ def generator_step(
     discriminator.requires_grad_(True)
     losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restoration.restored, original)}
     loss = losses["g_adv"] + settings.l1_weight * losses["g_l1"]
-    if settings.hole_weight:
-        losses["g_hole"] = hole_loss(restoration, original, hole)
-        loss = loss + settings.l1_weight * settings.hole_weight * losses["g_hole"]
+    if settings.parts_weight:
+        losses["g_parts"] = parts_loss(restoration, original, hole)
+        loss = loss + settings.l1_weight * settings.parts_weight * losses["g_parts"]
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -1815,11 +1900,7 @@ def trains_generator(epoch: int, number: int, settings: Settings) -> bool:
 
 
 def train_gan(
-    generator: UNetGenerator,
-    discriminator: PatchGANDiscriminator,
-    train: list[Pair],
-    validation: list[Pair],
-    run: Run,
+    generator: UNetGenerator, discriminator: PatchGANDiscriminator, train: list[Pair], validation: list[Pair], run: Run
 ) -> list[dict]:
     """Trains generator and discriminator against each other (pix2pix); leaves the final generator in `generator`.
 
@@ -1830,8 +1911,7 @@ def train_gan(
     """
     s, final = run.settings, run.outputs / "face_restoration_generator_final.pth"
     run = run._replace(start=load_pretrained(generator, run))
-    files = ("face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png")
-    adopt_attached("gan", files, run)
+    adopt_attached("gan", ("face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png"), run)
     if final.is_file():
         check_same_run(final, load_checkpoint(final), run)
     generator.to(run.device, memory_format=torch.channels_last)
@@ -1845,6 +1925,7 @@ def train_gan(
     samples = sample_batch(validation, run)
 
     def step(batch: tuple, epoch: int, number: int) -> dict[str, Tensor]:
+        """One update, and the average follows."""
         degraded, original, hole = to_device(batch, run.device)
         train_g = trains_generator(epoch, number, s)
         with torch.set_grad_enabled(train_g):
@@ -1856,6 +1937,7 @@ def train_gan(
         return losses
 
     def finish(history: list[dict]) -> None:
+        """Validation, schedules, and what is saved after an epoch."""
         row, epoch = history[-1], history[-1]["epoch"]
         row["val_l1"] = validation_losses(average.module, validation_loader, run.device)["l1"]
         row["lr_g"], row["lr_d"] = (scheduler.get_last_lr()[0] for scheduler in schedulers)
@@ -1871,10 +1953,10 @@ def train_gan(
     parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
     parts |= {"scheduler_g": schedulers[0], "scheduler_d": schedulers[1]}
     history = train_epochs("gan", s.gan_epochs, run, parts, loader, step, finish)
-    save_checkpoint(final, run, epoch=len(history), generator=average.module.state_dict())
-    discriminator_file = run.outputs / "face_restoration_discriminator_final.pth"
-    save_checkpoint(discriminator_file, run, epoch=len(history), discriminator=discriminator.state_dict())
     generator.load_state_dict(average.module.state_dict())
+    for name, network in {"generator": generator, "discriminator": discriminator}.items():
+        weights = {name: network.state_dict(), "epoch": len(history)}
+        save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
     return history
 
 
@@ -1951,7 +2033,7 @@ def restore_pixels(photo: np.ndarray, generator: UNetGenerator) -> tuple[np.ndar
     size, (height, width) = Settings.image_size, photo.shape[:2]
     scale = size / max(height, width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
-    rgb = Image.fromarray(cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)).resize((w, h), Image.Resampling.BILINEAR)
+    rgb = to_pil(photo).resize((w, h), Image.Resampling.BILINEAR)
     square = cv2.copyMakeBorder(np.asarray(rgb), 0, size - h, 0, size - w, cv2.BORDER_REFLECT)
     device = next(generator.parameters()).device
     with evaluating(generator):
@@ -2038,9 +2120,9 @@ def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, s
 
 
 def plot_pretrain_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
-    """Training and validation loss of the pretraining (L1 + 0.1 MSE), and the hole loss, drawn and saved as `path`."""
+    """The pretraining's L1 + 0.1 MSE, in training and validation, and `parts_loss`, drawn and saved as `path`."""
     curves = {"loss": "training", "val_loss": "validation (averaged weights)"}
-    panels = {"Pretraining: L1 + 0.1 MSE": curves, "Finding and filling holes": {"hole": "training"}}
+    panels = {"Pretraining: L1 + 0.1 MSE": curves, "Colour, hole and fill on their own": {"parts": "training"}}
     return _plot_curves(history, panels, path)
 
 
@@ -2050,7 +2132,7 @@ def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
         "Discriminator (0.25: it cannot tell)": {"d_real": "on real pairs", "d_fake": "on fake pairs"},
         "Generator, adversarial": {"g_adv": "(D(fake) - 1)²"},
         "Generator, L1": {"g_l1": "training", "val_l1": "validation (averaged weights)"},
-        "Finding and filling holes": {"g_hole": "training"},
+        "Colour, hole and fill on their own": {"g_parts": "training"},
     }
     return _plot_curves(history, panels, path)
 

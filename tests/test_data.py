@@ -112,9 +112,23 @@ def test_items_are_resized_normalised_and_carry_their_hole(pairs):
     assert dataset[0][2]["hole"].sum() == 0
 
 
+@pytest.mark.parametrize("kind", ru.KINDS)
+def test_fresh_damage_is_of_the_same_kind_differs_every_time_and_comes_with_its_hole(pairs, kind):
+    settings = dataclasses.replace(TINY, flip=0.0, fresh=1.0)
+    dataset = ru.FaceRestorationGANDataset([pair for pair in pairs if pair.kind == kind], settings)
+    (file, original, _), one, same, two = dataset[4], dataset[4, 1], dataset[4, 1], dataset[4, 2]
+    assert torch.equal(one[0], same[0]) and torch.equal(one[1], original) and one[2]["kind"] == kind
+    assert not torch.equal(one[0], file) and not torch.equal(one[0], two[0])
+    change, hole = (one[0] - original).abs().amax(0), one[2]["hole"][0]
+    if kind == "occluded":
+        assert hole.sum() > 0 and change[hole > 0.99].mean() > 0.1 and change[hole == 0].max() == 0
+    else:
+        assert hole.sum() == 0 and change.mean() > 0.01
+
+
 def test_a_training_item_mirrors_pair_and_hole_together_or_is_clean(pairs):
     plain = ru.FaceRestorationGANDataset(pairs, TINY)[2]
-    always = dataclasses.replace(TINY, flip=1.0, clean=0.0)
+    always = dataclasses.replace(TINY, flip=1.0, clean=0.0, fresh=0.0)
     mirrored = ru.FaceRestorationGANDataset(pairs, always)[2, 7]
     for a, b in ((mirrored[0], plain[0]), (mirrored[1], plain[1]), (mirrored[2]["hole"], plain[2]["hole"])):
         assert torch.equal(a, b.flip(-1)) and not torch.equal(a, b)

@@ -1,5 +1,7 @@
 """Both networks: layers, shapes, ranges, and what they refuse."""
 
+import colorsys
+
 import pytest
 import torch
 from conftest import TINY
@@ -41,7 +43,6 @@ def test_every_skip_matters():
     generator = ru.build_generator(TINY).eval()
     image = torch.rand(1, 3, 256, 256) * 2 - 1
     with torch.no_grad():
-        generator.output.color.weight.normal_()
         before = generator(image)
         for layer in generator.encoder:
             handle = layer.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
@@ -49,23 +50,18 @@ def test_every_skip_matters():
             handle.remove()
 
 
-def test_the_recoloring_family_contains_the_exact_inverse_of_the_color_damage():
-    s, v = 0.5, 0.8
-    original = torch.rand(1, 3, 256, 256) * 2 - 1
+def test_the_color_head_can_undo_the_color_damage_exactly_and_starts_as_the_identity():
+    original, v, s = torch.rand(1, 3, 256, 256) * 2 - 1, 0.8, 0.5
     unit = (original + 1) / 2
     top = unit.amax(1, keepdim=True)
-    faded = (v * (top - s * (top - unit))) * 2 - 1
-    layer = ru.build_generator(TINY).output
-    # in [0, 1]: c = c' / (v s) + max' (1 / v - 1 / (v s)); the constant carries it over to [-1, 1]
-    matrix = torch.zeros(3, 5)
-    matrix[:, :3] = torch.eye(3) * (1 / (v * s) - 1)
-    matrix[:, 3] = 1 / v - 1 / (v * s)
-    matrix[:, 4] = 1 / v - 1
+    faded = v * (top - s * (top - unit)) * 2 - 1
+    head = ru.ColorHead(4)
+    assert torch.allclose(head(faded), faded, atol=1e-6)
     with torch.no_grad():
-        layer.color.weight.zero_()
-        layer.color.bias.copy_(matrix.flatten())
-        result = layer._recolor(faded, torch.zeros(1, 8 * TINY.width, 1, 1))
-    assert torch.allclose(result, original, atol=1e-5)
+        head.gains[-1].bias.copy_(-torch.tensor([v, s]).log() / 5)
+    assert torch.allclose(head(faded), original, atol=1e-5)
+    hsv = [colorsys.rgb_to_hsv(*image[:, 0, 0].tolist()) for image in (unit[0], (faded[0] + 1) / 2)]
+    assert [b / a for a, b in zip(*hsv)] == pytest.approx([1, 0.5, 0.8], abs=1e-5)  # that was the damage
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 128, 128), (1, 3, 256, 255), (1, 1, 256, 256), (3, 256, 256)])

@@ -47,7 +47,7 @@ def gradient_step(network, loss):
 
 
 def test_pretrain_step_descends_l1_plus_a_tenth_of_mse(run, batch):
-    run = with_settings(run, hole_weight=0.0)
+    run = with_settings(run, parts_weight=0.0)
     generator = ru.build_generator(run.settings)
     reference = copy.deepcopy(generator)
     restored = reference(batch[0])
@@ -59,12 +59,13 @@ def test_pretrain_step_descends_l1_plus_a_tenth_of_mse(run, batch):
     assert all(torch.allclose(p, e, atol=1e-6) for p, e in zip(generator.parameters(), expected))
 
 
-def test_hole_loss_is_cross_entropy_plus_ten_times_the_fill_inside(batch):
+def test_parts_loss_supervises_colour_outside_holes_detection_and_fill_inside(batch):
     restoration = ru.build_generator(TINY).restore(batch[0])
-    hole, p = batch[2]["hole"], restoration.hole.sigmoid()
+    original, hole, p = batch[1], batch[2]["hole"], restoration.hole.sigmoid()
     entropy = -(hole * p.log() + (1 - hole) * (1 - p).log()).mean()
-    fill = 10 * (hole * (restoration.fill - batch[1]).abs()).sum() / batch[1].numel()
-    assert torch.isclose(ru.hole_loss(restoration, batch[1], hole), entropy + fill, atol=1e-5)
+    fill = 10 * (hole * (restoration.fill - original).abs()).sum() / original.numel()
+    recolor = ((1 - hole) * (restoration.recolored - original).abs()).sum() / original.numel()
+    assert torch.isclose(ru.parts_loss(restoration, original, hole), entropy + fill + recolor, atol=1e-5)
 
 
 def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch):
@@ -80,7 +81,7 @@ def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch)
 
 
 def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminators_weights_alone(batch):
-    settings = dataclasses.replace(TINY, hole_weight=0.0)
+    settings = dataclasses.replace(TINY, parts_weight=0.0)
     generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
     reference = copy.deepcopy(generator)
     before = [p.detach().clone() for p in discriminator.parameters()]
