@@ -237,6 +237,12 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def copy_file(source: Path, destination: Path) -> None:
+    """Copies a file atomically."""
+    with atomic(destination) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def write_json(path: Path, content: object) -> None:
     """Writes `content` as JSON, atomically."""
     with atomic(path) as temporary:
@@ -313,7 +319,8 @@ def _is_truncated_jpeg(content: bytes) -> bool:
     """
     position = 2
     while content[position : position + 1] == b"\xff" and content[position + 1 : position + 2] != b"\xda":
-        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+        is_filler = content[position + 1 : position + 2] == b"\xff"  # any number of them may precede a marker
+        position += 1 if is_filler else 2 + int.from_bytes(content[position + 2 : position + 4], "big")
     return content.find(b"\xff\xd9", position) < 0
 
 
@@ -333,10 +340,13 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpe
     options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
     path = Path(path)
     is_jpeg = path.suffix.lower() in {".jpg", ".jpeg"}
-    try:  # what cv2.imwrite does, but that cannot say why it failed
-        _, content = cv2.imencode(path.suffix, image, options if is_jpeg else [])
-    except cv2.error as error:
-        raise ValueError(f"{path}: OpenCV cannot write such an image ({error.err or error})") from error
+    try:  # what cv2.imwrite does, but on Windows that cannot open a path that is not ASCII
+        done, content = cv2.imencode(path.suffix, image, options if is_jpeg else [])
+    except cv2.error:
+        done = False
+    if not done:
+        height, width = image.shape[:2]
+        raise ValueError(f"{path}: OpenCV cannot write {width} x {height} px as {path.suffix}")
     with atomic(path) as temporary:
         content.tofile(temporary)
 
@@ -1049,17 +1059,16 @@ class DegradeReport(NamedTuple):
 
 
 def _degrade_file(path: Path, faces: Faces, stem: str, folder: Path, settings: Settings) -> dict:
-    """Writes the degraded versions of one original and returns its manifest entry, which says if it was unreadable."""
-    entry: dict[str, Any] = {"sha256": _hash(path), "files": []}
+    """Writes the degraded versions of one original and returns its manifest entry, which says if that failed."""
+    files = [f"{stem}_{kind}.jpg" for kind in KINDS]
     try:
         image = read_image(path)
+        for kind, file in zip(KINDS, files):
+            rng = np.random.default_rng(derive_seed(settings.seed, kind, faces.name(path)))
+            write_image(folder / file, degrade(image, kind, rng, settings), settings.jpeg_quality)
     except ValueError as error:
-        return entry | {"failed": str(error).removeprefix(f"{path}: ")}
-    for kind in KINDS:
-        rng = np.random.default_rng(derive_seed(settings.seed, kind, faces.name(path)))
-        entry["files"].append(f"{stem}_{kind}.jpg")
-        write_image(folder / entry["files"][-1], degrade(image, kind, rng, settings), settings.jpeg_quality)
-    return entry
+        return {"sha256": _hash(path), "files": [], "failed": str(error).removeprefix(f"{path}: ")}
+    return {"sha256": _hash(path), "files": files}
 
 
 def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int | None = None) -> DegradeReport:
@@ -1234,12 +1243,14 @@ class FaceRestorationGANDataset(Dataset):
 
     def _from_file(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """The degraded image and its hole."""
-        with Image.open(pair.degraded) as image:
-            shape = (image.height, image.width)
-        return self._load(pair.degraded), self._hole(pair, shape, derive_seed(self.settings.seed, pair.kind, pair.name))
+        seed, shape = derive_seed(self.settings.seed, pair.kind, pair.name), (0, 0)
+        if pair.kind == "occluded":
+            with Image.open(pair.degraded) as image:
+                shape = (image.height, image.width)
+        return self._load(pair.degraded), self._hole(pair, shape, seed)
 
     def _damaged_anew(self, pair: Pair, seed: int) -> tuple[Tensor, Tensor]:
-        """As `_from_file`, with another degradation of the same kind."""
+        """As `_from_file`, with another degradation of the same kind, which has not been through a JPEG file."""
         image = read_image(pair.original)
         degraded = degrade(image, pair.kind, np.random.default_rng(seed), self.settings)
         return self.transform(to_pil(degraded)), self._hole(pair, image.shape, seed)
@@ -1342,7 +1353,8 @@ class ColorHead(nn.Module):
         high, low = small.amax(1, keepdim=True), small.amin(1, keepdim=True)
         x = self.features(torch.cat([2 * small - 1, high, low, (high - low) / (high + 0.05)], 1))  # (N, 2C, 16, 16)
         gains = self.gains(torch.cat([x.mean((2, 3)), x.std((2, 3))], 1))  # (N, 2)
-        brightness, saturation = (5 * gains).clamp(-2, 2).exp()[:, :, None, None, None].unbind(1)  # 5: learns faster
+        gains = 2 * torch.tanh(2.5 * gains)  # logarithms, up to a factor of 7; a slope of 5 makes them learn fast
+        brightness, saturation = gains.exp()[:, :, None, None, None].unbind(1)
         value = rgb.amax(1, keepdim=True)
         return 2 * brightness * (value + saturation * (rgb - value)) - 1  # (N, 3, 256, 256)
 
@@ -1359,10 +1371,10 @@ class Restoration(NamedTuple):
 class OutputLayer(nn.Module):
     """Brings 128 x 128 features to the 256 x 256 image, with the degraded input itself as one more skip.
 
-    Restored means: keep what is good. So the layer starts as the identity on its input and learns three departures
-    from it: mended colours of the whole image, a correction of every pixel, and a picture painted through Tanh into the
-    holes that it detects. Colour and correction go through Tanh as well, so the output lies in [-1, 1] whatever the
-    weights.
+    Restored means: keep what is good. So the layer starts close to the identity on its input and learns three
+    departures from it: mended colours of the whole image, a correction of every pixel, and a picture painted through
+    Tanh into the holes that it detects. Colour and correction go through Tanh as well, so the output lies in [-1, 1]
+    whatever the weights.
     """
 
     def __init__(self, inputs: int, channels: int) -> None:
@@ -1578,20 +1590,20 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
         )
 
 
-def adopt_attached(stage: str, files: Sequence[str], run: Run, ignore: Iterable[str] = ()) -> None:
-    """Copies what an earlier Kaggle session left of a stage into the outputs, so that they hold the whole of it.
+def prepare_stage(stage: str, result: str, files: Sequence[str], run: Run, ignore: Iterable[str] = ()) -> None:
+    """Makes sure that a stage can begin or go on in the outputs.
 
-    `files` are the stage's files beside `<stage>_last.pth`, as patterns. Nothing happens if the outputs have a last
-    checkpoint of their own, or nothing is attached. Raises ValueError if another run made what is attached.
+    If only something attached holds its `<stage>_last.pth` (an earlier Kaggle session), that is copied to the outputs,
+    with the file `result` and the patterns `files`. Raises ValueError if another run made what is there.
     """
     last = find_artifact(f"{stage}_last.pth", run)
-    if last is None or last.parent == run.outputs:
-        return
-    check_same_run(last, load_checkpoint(last), run, ignore)
-    for path in [p for pattern in (*files, last.name) for p in sorted(last.parent.glob(pattern))]:  # the last one last
-        with atomic(run.outputs / path.name) as temporary:
-            shutil.copyfile(path, temporary)
-    print(f"{stage}: going on from what is attached in {last.parent}")
+    for path in (run.outputs / result, last):
+        if path and path.is_file():
+            check_same_run(path, load_checkpoint(path), run, ignore)
+    if last and last.parent != run.outputs:
+        for path in [p for pattern in (*files, result, last.name) for p in sorted(last.parent.glob(pattern))]:
+            copy_file(path, run.outputs / path.name)
+        print(f"{stage}: going on from what is attached in {last.parent}")
 
 
 # ======================================================================================================================
@@ -1796,9 +1808,9 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
     a loss is not finite.
     """
     s, best = run.settings, run.outputs / "pretrained_generator_best.pth"
-    adopt_attached("pretrain", (best.name, "pretrain_history.json", "pretrain_sample_epoch_*.png"), run, _GAN_ONLY)
-    if best.is_file():
-        check_same_run(best, load_checkpoint(best), run, _GAN_ONLY)
+    prepare_stage("pretrain", best.name, ("pretrain_history.json", "pretrain_sample_epoch_*.png"), run, _GAN_ONLY)
+    if (run.outputs / "pretrain_last.pth").is_file() and not best.is_file():
+        raise FileNotFoundError(f"{best} is gone, but pretrain_last.pth is not: move it away, too, to train again")
     generator.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(generator.parameters(), s.pretrain_lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, s.pretrain_lr_step, s.lr_gamma)
@@ -1878,11 +1890,11 @@ def generator_step(
     """One update of the generator, whose output `restoration` is: fool the discriminator, and 100 x L1.
 
     With `parts_weight`, `parts_loss` counts beside L1 and like it. Gradients flow through the discriminator to the
-    generator, but the discriminator itself is frozen meanwhile.
+    generator, but the discriminator itself, its batch-norm statistics included, stays as it is.
     """
-    discriminator.requires_grad_(False)
-    score = discriminator(degraded, restoration.restored)
-    discriminator.requires_grad_(True)
+    frozen = {name: value.detach() for name, value in discriminator.named_parameters()}
+    frozen |= {name: value.clone() for name, value in discriminator.named_buffers()}
+    score = torch.func.functional_call(discriminator, frozen, (degraded, restoration.restored))
     losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restoration.restored, original)}
     loss = losses["g_adv"] + settings.l1_weight * losses["g_l1"]
     if settings.parts_weight:
@@ -1911,9 +1923,7 @@ def train_gan(
     """
     s, final = run.settings, run.outputs / "face_restoration_generator_final.pth"
     run = run._replace(start=load_pretrained(generator, run))
-    adopt_attached("gan", ("face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png"), run)
-    if final.is_file():
-        check_same_run(final, load_checkpoint(final), run)
+    prepare_stage("gan", final.name, ("face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png"), run)
     generator.to(run.device, memory_format=torch.channels_last)
     discriminator.to(run.device, memory_format=torch.channels_last)
     optimizer_g = torch.optim.Adam(generator.parameters(), s.generator_lr, s.gan_betas)
@@ -1963,7 +1973,8 @@ def train_gan(
 def load_pretrained(generator: UNetGenerator, run: Run) -> str:
     """Loads the pretraining's best weights into `generator` if they are there and says so either way.
 
-    Returns the fingerprint of the weights it leaves in `generator`.
+    Attached ones are copied to the outputs, which then hold all that is needed to go on. Returns the fingerprint of the
+    weights it leaves in `generator`.
     """
     name = "pretrained_generator_best.pth"
     path = find_artifact(name, run)
@@ -1972,6 +1983,8 @@ def load_pretrained(generator: UNetGenerator, run: Run) -> str:
         return weights_id(generator.state_dict())
     content = load_checkpoint(path)
     check_same_run(path, content, run, _GAN_ONLY)
+    if path.parent != run.outputs:
+        copy_file(path, run.outputs / name)
     generator.load_state_dict(content["generator"])
     print(f"The generator starts from {path.name}, epoch {content['epoch']} of the pretraining")
     return weights_id(generator.state_dict())

@@ -153,6 +153,9 @@ def test_unreadable_files_are_named_and_skipped(faces, tmp_path):
     report = ru.degrade_folder(more, tmp_path / "d", TINY)
     assert report.made == 10 and set(report.failed) == {"empty.jpg", "text.jpg", "half.jpg"}
     assert all(name in str(report) for name in report.failed) and "truncated" in str(report)
+    cv2.imwrite(str(faces.folder / "long.png"), np.zeros((2, 66_000, 3), np.uint8))  # more than a JPEG can hold
+    more = ru.Faces(faces.folder, "", ru.list_images(faces.folder))
+    assert "66000 x 2" in ru.degrade_folder(more, tmp_path / "d", TINY).failed["long.png"]
     only = ru.Faces(faces.folder, "", [faces.folder / "empty.jpg"])
     with pytest.raises(ValueError, match=r"empty\.jpg"):
         ru.degrade_folder(only, tmp_path / "none", TINY)
@@ -238,6 +241,8 @@ def test_jpegs_with_a_thumbnail_or_data_behind_the_end_are_judged_by_their_own_s
     assert ru.read_image(tmp_path / "a.jpg").shape == (64, 64, 3)
     (tmp_path / "video.jpg").write_bytes(whole + b"\xff\xda a film follows" * 20)
     assert np.array_equal(ru.read_image(tmp_path / "video.jpg"), ru.read_image(tmp_path / "a.jpg"))
+    (tmp_path / "filled.jpg").write_bytes(whole[:2] + b"\xff\xff" + whole[2:])  # allowed before every marker
+    assert np.array_equal(ru.read_image(tmp_path / "filled.jpg"), ru.read_image(tmp_path / "a.jpg"))
     (tmp_path / "cut.jpg").write_bytes(whole[:-20])  # the thumbnail's end marker is still there
     with pytest.raises(ValueError, match=r"cut\.jpg: the JPEG is truncated"):
         ru.read_image(tmp_path / "cut.jpg")

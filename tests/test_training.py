@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import restoration_utils as ru
 
-CHANGES = {"pretrain_epochs": 4, "gan_epochs": 4, "ema": 0.9, "clean": 0.2}
+CHANGES = {"pretrain_epochs": 4, "gan_epochs": 4, "ema": 0.9, "clean": 0.2, "pretrain_lr_step": 3, "gan_lr_step": 3}
 
 
 def with_settings(run, **changes):
@@ -46,12 +46,15 @@ def gradient_step(network, loss):
     return [p.detach() - (0 if g is None else g) for p, g in zip(network.parameters(), gradients)]
 
 
-def test_pretrain_step_descends_l1_plus_a_tenth_of_mse(run, batch):
-    run = with_settings(run, parts_weight=0.0)
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_parts(run, batch, weight):
+    run = with_settings(run, parts_weight=weight)
     generator = ru.build_generator(run.settings)
     reference = copy.deepcopy(generator)
-    restored = reference(batch[0])
-    expected = gradient_step(reference, (restored - batch[1]).abs().mean() + 0.1 * (restored - batch[1]).pow(2).mean())
+    restoration = reference.restore(batch[0])
+    error = restoration.restored - batch[1]
+    parts = ru.parts_loss(restoration, batch[1], batch[2]["hole"])
+    expected = gradient_step(reference, error.abs().mean() + 0.1 * error.pow(2).mean() + weight * parts)
     optimizer = torch.optim.SGD(generator.parameters(), 1.0)
     for parameter in generator.parameters():
         parameter.grad = torch.ones_like(parameter)  # must be cleared by the step
@@ -80,18 +83,21 @@ def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch)
     assert same(before, generator.state_dict()) and all(p.grad is None for p in generator.parameters())
 
 
-def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminators_weights_alone(batch):
-    settings = dataclasses.replace(TINY, parts_weight=0.0)
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminator_alone(batch, weight):
+    settings = dataclasses.replace(TINY, parts_weight=weight)
     generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
     reference = copy.deepcopy(generator)
-    before = [p.detach().clone() for p in discriminator.parameters()]
-    restored = reference(batch[0])
-    score = copy.deepcopy(discriminator)(batch[0], restored)
-    expected = gradient_step(reference, ((score - 1) ** 2).mean() + 100 * (restored - batch[1]).abs().mean())
+    before = copy.deepcopy(discriminator.state_dict())
+    restoration = reference.restore(batch[0])
+    score = copy.deepcopy(discriminator)(batch[0], restoration.restored)
+    l1 = (restoration.restored - batch[1]).abs().mean()
+    parts = ru.parts_loss(restoration, batch[1], batch[2]["hole"])
+    expected = gradient_step(reference, ((score - 1) ** 2).mean() + 100 * l1 + 100 * weight * parts)
     optimizer, hole = torch.optim.SGD(generator.parameters(), 1.0), batch[2]["hole"]
     ru.generator_step(discriminator, optimizer, batch[0], generator.restore(batch[0]), batch[1], hole, settings)
     assert all(torch.allclose(p, e, atol=1e-4) for p, e in zip(generator.parameters(), expected))
-    assert all(torch.equal(p, b) for p, b in zip(discriminator.parameters(), before))
+    assert same(before, discriminator.state_dict())
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
 
 
@@ -190,6 +196,32 @@ def test_a_gan_run_from_scratch_is_not_continued_as_one_from_pretrained_weights(
     pretrain(run, pairs)
     with pytest.raises(ValueError, match="started from other weights"):
         train_gan(run, pairs)
+
+
+def test_the_output_of_05_alone_is_enough_to_go_on_from(run, pairs, places, tmp_path):
+    pretrain(run, pairs)
+    folders = [places.outputs, tmp_path / "second", tmp_path / "third"]
+    for epochs, before, after in ((1, *folders[:2]), (2, *folders[1:])):
+        later = run._replace(places=dataclasses.replace(places, outputs=after, attached=before))
+        *_, history = train_gan(with_settings(later, gan_epochs=epochs), pairs)
+    assert len(history) == 2
+
+
+def test_best_weights_that_are_gone_are_named(run, pairs):
+    pretrain(run, pairs)
+    (run.outputs / "pretrained_generator_best.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"pretrained_generator_best\.pth is gone"):
+        pretrain(run, pairs)
+
+
+def test_weights_of_another_run_are_not_replaced_by_attached_ones(run, pairs, places, tmp_path):
+    pretrain(run, pairs)
+    other = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "other"))
+    pretrain(with_settings(other, noise_sigma=9), pairs)
+    (tmp_path / "other" / "pretrain_last.pth").unlink()
+    both = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "other", attached=places.outputs))
+    with pytest.raises(ValueError, match="noise_sigma"):
+        pretrain(both, pairs)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "gan"])
