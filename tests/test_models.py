@@ -71,6 +71,16 @@ def test_the_color_head_can_undo_the_color_damage_exactly_and_starts_as_the_iden
     assert [b / a for a, b in zip(*hsv)] == pytest.approx([1, 0.5, 0.8], abs=1e-5)  # that was the damage
 
 
+def test_the_grain_head_starts_at_zero_and_cannot_tint_or_brighten():
+    head, flat = ru.GrainHead(4), torch.rand(1, 3, 1, 1).expand(1, 3, 256, 256)
+    image = torch.rand(1, 3, 256, 256) * 2 - 1
+    assert head(image).abs().max() == 0
+    with torch.no_grad():
+        head.noise.weight.normal_()
+    assert torch.allclose(head(flat), torch.zeros_like(flat), atol=1e-4) and head(image).abs().max() > 0.1
+    assert torch.allclose(head(image), head(image + 0.3), atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 128, 128), (1, 3, 256, 255), (1, 1, 256, 256), (3, 256, 256)])
 def test_other_shapes_are_refused_by_the_networks_themselves(shape):
     wrong, right = torch.zeros(shape), torch.zeros(1, 3, 256, 256)
