@@ -64,11 +64,13 @@ def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_parts(run, batch
 
 def test_parts_loss_supervises_colour_outside_holes_detection_and_fill_inside(batch):
     restoration = ru.build_generator(TINY).restore(batch[0])
-    original, hole, p = batch[1], batch[2]["hole"], restoration.hole.sigmoid()
+    original, p, hole = batch[1], restoration.hole.sigmoid(), torch.zeros(2, 1, 256, 256)
+    hole[:, :, 49:91, 59:101] = 1  # one pixel more than in the batch, whose corners are at 50 and 60
+    batch[2]["hole"][:, :, 50, 60:100] = 0.1  # touched is touched
     entropy = -(hole * p.log() + (1 - hole) * (1 - p).log()).mean()
     fill = 10 * (hole * (restoration.fill - original).abs()).sum() / original.numel()
     recolor = ((1 - hole) * (restoration.recolored - original).abs()).sum() / original.numel()
-    assert torch.isclose(ru.parts_loss(restoration, original, hole), entropy + fill + recolor, atol=1e-5)
+    assert torch.isclose(ru.parts_loss(restoration, original, batch[2]["hole"]), entropy + fill + recolor, atol=1e-5)
 
 
 def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch):
