@@ -152,9 +152,15 @@ def _kaggle_folder(root: Path) -> Path | None:
     return next((c for c in candidates if (c / "input").is_dir() and (c / "working").is_dir()), None)
 
 
+def given_path(text: str) -> Path:
+    """A path that a user gave, absolute; a relative one counts from this module's folder."""
+    return (Path(__file__).resolve().parent / Path(text).expanduser()).resolve()
+
+
 def find_places(root: str | Path = "/", environ: Mapping[str, str] = os.environ) -> Places:
     """Kaggle: /kaggle/working. Elsewhere: outputs/ beside this module. OUTPUT_DIR overrides both.
 
+    As in FACES_DIR, a relative path counts from this module's folder, wherever the notebook runs.
     `root` stands for the file system's root, so that a test can make up a Kaggle.
     """
     kaggle = _kaggle_folder(Path(root))
@@ -162,7 +168,7 @@ def find_places(root: str | Path = "/", environ: Mapping[str, str] = os.environ)
     outputs = kaggle / "working" / "outputs" if kaggle else Path(__file__).resolve().parent / "outputs"
     degraded = (kaggle / "working" if kaggle else outputs) / "fakefaces_degraded"
     if environ.get("OUTPUT_DIR"):
-        outputs = Path(environ["OUTPUT_DIR"]).expanduser().resolve()
+        outputs = given_path(environ["OUTPUT_DIR"])
         degraded = outputs / "fakefaces_degraded"
     outputs.mkdir(parents=True, exist_ok=True)
     return Places(platform, outputs, degraded, kaggle / "input" if kaggle else None)
@@ -844,16 +850,20 @@ class Faces(NamedTuple):
 def _faces_folder(settings: Settings, places: Places, environ: Mapping[str, str]) -> tuple[Path, str]:
     """The folder of the originals, and what they are in words."""
     if environ.get("FACES_DIR"):
-        folder = Path(environ["FACES_DIR"]).expanduser().resolve()
+        folder = given_path(environ["FACES_DIR"])
         if not folder.is_dir():
             raise FileNotFoundError(f"FACES_DIR names {folder}, which is not a folder")
         return folder, f"photographs in {folder.name}/ (FACES_DIR)"
     for pattern in ("fakefaces", "datasets/*/fakefaces", "*/fakefaces") if places.attached else ():
         for folder in sorted(places.attached.glob(pattern)):
             return folder, "StyleGAN portraits (the Kaggle data set fakefaces)"
-    if environ.get("RESTORATION_FACES") == "kaggle":
-        import kagglehub  # only on request: it needs the internet and 'pip install kagglehub'
-
+    if environ.get("RESTORATION_FACES") not in (None, "", "kaggle"):
+        raise ValueError(f"RESTORATION_FACES is {environ['RESTORATION_FACES']!r}; the only choice is 'kaggle'")
+    if environ.get("RESTORATION_FACES"):
+        try:  # only on request: it needs the internet
+            import kagglehub
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("RESTORATION_FACES=kaggle needs 'pip install kagglehub'") from error
         return Path(kagglehub.dataset_download("hyperclaw79/fakefaces")), "StyleGAN portraits (fakefaces, downloaded)"
     folder = places.outputs / f"synthetic_portraits_{settings.portraits}x{settings.portrait_size}px_seed{settings.seed}"
     draw_portraits(folder, settings.portraits, settings.portrait_size, settings.seed)
@@ -869,7 +879,8 @@ def find_faces(settings: Settings, places: Places, environ: Mapping[str, str] = 
     files = list_images(folder)
     if not files:
         raise FileNotFoundError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder} or its subfolders")
-    return Faces(folder, source, files[: settings.max_faces])
+    used = files[: settings.max_faces]
+    return Faces(folder, source + (f", the first {len(used)} of {len(files)}" if len(used) < len(files) else ""), used)
 
 
 # ======================================================================================================================
@@ -1605,7 +1616,8 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
     if content["faces"] != run.faces:
         differ.append(f"its faces were {content['faces']}, these are {run.faces}")
     if run.start and content.get("start") != run.start:
-        differ.append(f"it started from other weights ({content.get('start')}, now {run.start})")
+        differ.append("it did not start from the pretrained weights that are there now (to start again from them, move "
+                      "gan_last.pth and face_restoration_*.pth away)")  # fmt: skip
     if differ:
         raise ValueError(
             f"{path} was made by another run: {'; '.join(differ)}. Nothing was changed. Go back to those settings and "
@@ -2006,7 +2018,8 @@ def load_pretrained(generator: UNetGenerator, run: Run) -> str:
     name = "pretrained_generator_best.pth"
     path = find_artifact(name, run)
     if path is None:
-        print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH (run notebook 04 first)")
+        print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH. If this is not meant, stop "
+              "and run notebook 04 first; afterwards this run cannot go on from its weights")  # fmt: skip
         return weights_id(generator.state_dict())
     content = load_checkpoint(path)
     check_same_run(path, content, run, _GAN_ONLY)
@@ -2124,12 +2137,11 @@ def show_images(columns: Sequence[Sequence], rows: Sequence[str], captions: Sequ
     """A grid of RGB images (arrays or PIL), column by column, with the rows' names at the left and captions below."""
     figure, axes = plt.subplots(
         len(rows), len(columns), figsize=(2.1 * len(columns), (2.35 if captions else 2.1) * len(rows)),
-        squeeze=False, layout="constrained",
+        squeeze=False, layout="constrained", subplot_kw={"xticks": [], "yticks": []},
     )  # fmt: skip
     for x, column in enumerate(columns):
         for y, image in enumerate(column):
             axes[y, x].imshow(image, vmin=0, vmax=255, interpolation="antialiased")
-            axes[y, x].set(xticks=[], yticks=[])
             if captions:
                 axes[y, x].set_xlabel(captions[x][y], fontsize=8)
     for y, name in enumerate(rows):

@@ -175,3 +175,13 @@ def test_attached_degraded_images_are_used_if_they_are_right(faces, places, tmp_
     assert "attached" in capsys.readouterr().out
     other = dataclasses.replace(TINY, seed=77)
     assert ru.prepare_pairs(faces, attached, other)[0].degraded.is_relative_to(places.degraded)
+
+
+def test_relative_paths_count_from_the_modules_folder_and_misspelt_sources_are_refused(tmp_path, monkeypatch, places):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ru, "__file__", str(tmp_path / "repository" / "restoration_utils.py"))
+    assert ru.find_places(tmp_path, {"OUTPUT_DIR": "mine"}).outputs == tmp_path / "repository" / "mine"
+    with pytest.raises(FileNotFoundError, match="repository/mine_too"):
+        ru.find_faces(TINY, places, {"FACES_DIR": "mine_too"})
+    with pytest.raises(ValueError, match="Kaggel"):
+        ru.find_faces(TINY, places, {"RESTORATION_FACES": "Kaggel"})

@@ -88,6 +88,7 @@ def test_a_made_up_kaggle_runs_with_nothing_but_the_profile_set(tmp_path):
     for number in range(12):
         picture = ru.draw_portrait(np.random.default_rng(number), 128)
         ru.write_image(kaggle / "input" / "fakefaces" / "images" / f"{number}.jpg", picture)
+    (kaggle / "input" / "fakefaces" / "images" / "-broken.jpg").write_text("not a picture")  # the first of all
     repository = kaggle / "input" / "restoration-notebooks"
     repository.mkdir()
     shutil.copy(ROOT / "restoration_utils.py", repository)

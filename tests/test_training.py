@@ -196,7 +196,7 @@ def test_gan_starts_from_the_pretrained_weights(run, pairs, capsys):
 def test_a_gan_run_from_scratch_is_not_continued_as_one_from_pretrained_weights(run, pairs):
     train_gan(run, pairs)
     pretrain(run, pairs)
-    with pytest.raises(ValueError, match="started from other weights"):
+    with pytest.raises(ValueError, match="did not start from the pretrained weights"):
         train_gan(run, pairs)
 
 
