@@ -32,7 +32,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +88,7 @@ class Settings:
     width: int = 64  # channels of the generator's first layer; the widest have 8 times as many
     discriminator_width: int = 64
     full_resolution_channels: int = 32  # of the generator's output layer, where the input joins as the last skip
+    plain: bool = False  # the recipe as commonly written: instance norm, dropout 0.5, every pixel drawn anew
 
     # both trainings
     parts_weight: float = 1.0  # of the loss that teaches the generator's parts (colour, holes), relative to L1
@@ -113,6 +114,10 @@ class Settings:
     every_second_batch_after: int = 10  # epochs; from then on the generator is trained on every second batch only
     checkpoint_every: int = 10  # epochs
 
+    def __post_init__(self) -> None:
+        if self.plain and self.parts_weight:
+            raise ValueError("the plain generator has no parts to teach: plain=True needs parts_weight=0")
+
 
 PROFILES = {
     "full": Settings(),
@@ -128,11 +133,17 @@ PROFILES = {
 
 
 def choose_settings(device: torch.device, environ: Mapping[str, str] = os.environ) -> Settings:
-    """The profile named by RESTORATION_PROFILE; without it `full` on a GPU and `quick` on a CPU."""
+    """The profile named by RESTORATION_PROFILE; without it `full` on a GPU and `quick` on a CPU.
+
+    With RESTORATION_PLAIN=1, the same schedule for the recipe as commonly written, without what this project adds.
+    """
     name = environ.get("RESTORATION_PROFILE") or ("full" if device.type == "cuda" else "quick")
     if name not in PROFILES:
         raise ValueError(f"RESTORATION_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
-    return PROFILES[name]
+    settings = PROFILES[name]
+    if environ.get("RESTORATION_PLAIN") == "1":
+        return replace(settings, plain=True, parts_weight=0.0, ema=0.0, fresh=0.0)
+    return settings
 
 
 @dataclass(frozen=True)
@@ -1329,18 +1340,18 @@ class EncoderLayer(nn.Sequential):
     with it the colour cast that is to be repaired.
     """
 
-    def __init__(self, inputs: int, outputs: int, activation: bool = True, norm: bool = True) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: type[nn.Module] | None, activation: bool = True) -> None:
         layers = [nn.LeakyReLU(0.2)] if activation else []
         layers.append(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=not norm))
-        super().__init__(*layers, *([nn.BatchNorm2d(outputs)] if norm else []))
+        super().__init__(*layers, *([norm(outputs)] if norm else []))
 
 
 class DecoderLayer(nn.Sequential):
-    """Doubles the image: ReLU, transposed convolution 4 x 4 with stride 2, batch norm."""
+    """Doubles the image: ReLU, transposed convolution 4 x 4 with stride 2, batch norm; dropout in the plain recipe."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: type[nn.Module], dropout: float = 0.0) -> None:
         upsample = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
-        super().__init__(nn.ReLU(), upsample, nn.BatchNorm2d(outputs))
+        super().__init__(nn.ReLU(), upsample, norm(outputs), *([nn.Dropout(dropout)] if dropout else []))
 
 
 class ColorHead(nn.Module):
@@ -1372,6 +1383,15 @@ class ColorHead(nn.Module):
         return 2 * brightness * (value + saturation * (rgb - value)) - 1  # (N, 3, 256, 256)
 
 
+def local_mean(images: Tensor) -> Tensor:
+    """The mean of 5 x 5 px around every pixel, of the same shape, mirrored at the edges.
+
+    As a convolution: avg_pool2d is ten times slower on a CPU.
+    """
+    kernel = images.new_full((images.shape[1], 1, 5, 5), 1 / 25)
+    return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, groups=images.shape[1])
+
+
 class GrainHead(nn.Module):
     """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN).
 
@@ -1387,19 +1407,44 @@ class GrainHead(nn.Module):
 
     def forward(self, degraded: Tensor) -> Tensor:
         """The noise, (N, 3, 256, 256), in the units of `degraded`."""
-        mean = degraded.new_full((3, 1, 5, 5), 1 / 25)  # as a convolution: avg_pool2d is ten times slower on a CPU
-        detail = degraded - F.conv2d(F.pad(degraded, (2, 2, 2, 2), mode="reflect"), mean, groups=3)
+        detail = degraded - local_mean(degraded)
         features = F.relu(self.features(detail)) - F.relu(self.features.bias)[:, None, None]  # (N, C, 256, 256)
         return 10 * self.noise(torch.cat([features, detail], 1))  # 10: learns fast
+
+
+class HoleHead(nn.Module):
+    """Detects holes by what they are made of: nothing in a photograph is as flat, as white, as black or as noisy.
+
+    These are given to it as pictures, and dilated convolutions (Yu and Koltun 2016) at half the size look up to 30 px
+    far for edges and corners. A U-Net sees the same, but takes thousands of steps to find out what to look for.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3 + 3 + 2, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for reach in (1, 2, 4, 8):
+            layers += [nn.Conv2d(channels, channels, 3, padding=reach, dilation=reach), nn.LeakyReLU(0.2)]
+        self.features = nn.Sequential(*layers)
+        self.hole = nn.Conv2d(channels, 4, 3, padding=1)  # a half-size pixel stands for 2 x 2
+        nn.init.zeros_(self.hole.weight)
+        nn.init.constant_(self.hole.bias, -1.0)  # holes are rare
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        """Logits of the probability that a pixel was covered, (N, 1, 256, 256)."""
+        flat = 1 - 20 * local_mean((degraded - local_mean(degraded)).abs())
+        white, black = degraded.amin(1, keepdim=True) - 0.9, -degraded.amax(1, keepdim=True) - 0.9
+        clues = torch.cat([flat, 10 * white, 10 * black], 1).clamp(-1, 1)  # (N, 5, 256, 256)
+        features = self.features(torch.cat([degraded, clues], 1))  # (N, C, 128, 128)
+        return 3 * F.pixel_shuffle(self.hole(features), 2)  # 3: learns fast
 
 
 class Restoration(NamedTuple):
     """What the generator thinks: `restored` is its output, the others are the parts that training supervises."""
 
     restored: Tensor  # (N, 3, 256, 256) in [-1, 1]
-    recolored: Tensor  # (N, 3, 256, 256), the input with its colours mended, not clipped
-    hole: Tensor  # (N, 1, 256, 256), logits of the probability that a pixel was covered
-    fill: Tensor  # (N, 3, 256, 256) in [-1, 1], what to paint there
+    recolored: Tensor | None = None  # (N, 3, 256, 256), the input with its colours mended, not clipped
+    hole: Tensor | None = None  # (N, 1, 256, 256), logits of the probability that a pixel was covered
+    fill: Tensor | None = None  # (N, 3, 256, 256) in [-1, 1], what to paint there
 
 
 class OutputLayer(nn.Module):
@@ -1416,10 +1461,10 @@ class OutputLayer(nn.Module):
         self.upsample = nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1)
         self.mix = nn.Conv2d(channels + 3, channels, 3, padding=1)
         self.parts = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, fill, hole
-        self.recolor, self.grain = ColorHead(), GrainHead(channels)
+        self.recolor, self.grain, self.detect = ColorHead(), GrainHead(channels), HoleHead(channels)
         with torch.no_grad():
             self.parts.weight[:3] *= 0.1
-            self.parts.bias[:] = torch.tensor([0.0] * 6 + [-3.0])  # holes are rare
+            self.parts.bias.zero_()
 
     def forward(self, features: Tensor, degraded: Tensor) -> Restoration:
         """From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input."""
@@ -1429,8 +1474,19 @@ class OutputLayer(nn.Module):
         recolored = self.recolor(degraded)  # (N, 3, 256, 256)
         limit = 1 - 1 / 255  # half an 8-bit step inside Tanh's open range
         kept = torch.tanh(torch.atanh(recolored.clamp(-limit, limit)) + correction - self.grain(degraded))
-        fill = torch.tanh(fill)
+        hole, fill = hole + self.detect(degraded), torch.tanh(fill)
         return Restoration(kept + torch.sigmoid(hole) * (fill - kept), recolored, hole, fill)
+
+
+class PlainOutput(nn.Sequential):
+    """The output layer as commonly written: every pixel is drawn anew from 128 x 128 features. It has no parts."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__(nn.ReLU(), nn.ConvTranspose2d(inputs, 3, 4, stride=2, padding=1), nn.Tanh())
+
+    def forward(self, features: Tensor, degraded: Tensor) -> Restoration:
+        """From the last decoder layer with its skip, (N, inputs, 128, 128); the input itself is not looked at."""
+        return Restoration(super().forward(features))
 
 
 class UNetGenerator(nn.Module):
@@ -1438,20 +1494,26 @@ class UNetGenerator(nn.Module):
     128 x 128, each with the encoder's map of its size as a skip, and an output layer to 256 x 256 through Tanh.
 
     Degraded RGB (N, 3, 256, 256) in [-1, 1] to restored RGB of the same shape and range. ValueError for other shapes.
+    `plain` is the recipe as commonly written: instance norm, dropout 0.5 in three decoder layers, PlainOutput.
     """
 
     def __init__(
-        self, width: int = Settings.width, full_resolution_channels: int = Settings.full_resolution_channels
+        self,
+        width: int = Settings.width,
+        full_resolution_channels: int = Settings.full_resolution_channels,
+        plain: bool = Settings.plain,
     ) -> None:
         super().__init__()
         widths = [width * factor for factor in (1, 2, 4, 8, 8, 8, 8, 8)]
-        self.encoder = nn.ModuleList([EncoderLayer(3, widths[0], activation=False, norm=False)])
+        norm = nn.InstanceNorm2d if plain else nn.BatchNorm2d
+        self.encoder = nn.ModuleList([EncoderLayer(3, widths[0], None, activation=False)])
         for number in range(1, 8):
-            self.encoder.append(EncoderLayer(widths[number - 1], widths[number], norm=number < 7))
-        self.decoder = nn.ModuleList([DecoderLayer(widths[7], widths[6])])
-        for number in range(6, 0, -1):
-            self.decoder.append(DecoderLayer(2 * widths[number], widths[number - 1]))
-        self.output = OutputLayer(2 * widths[0], full_resolution_channels)
+            self.encoder.append(EncoderLayer(widths[number - 1], widths[number], norm if number < 7 else None))
+        self.decoder = nn.ModuleList()
+        for number in range(7, 0, -1):
+            inputs = widths[number] if number == 7 else 2 * widths[number]
+            self.decoder.append(DecoderLayer(inputs, widths[number - 1], norm, 0.5 if plain and number > 4 else 0.0))
+        self.output = PlainOutput(2 * widths[0]) if plain else OutputLayer(2 * widths[0], full_resolution_channels)
 
     def forward(self, degraded: Tensor) -> Tensor:
         """The restored images only."""
@@ -1504,7 +1566,7 @@ def build_generator(settings: Settings) -> UNetGenerator:
     """A new generator, its weights drawn from the settings' seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(settings.seed, "generator"))
-        return UNetGenerator(settings.width, settings.full_resolution_channels)
+        return UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain)
 
 
 def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
@@ -2046,27 +2108,6 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
     psnr = metrics.peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
     ssim = metrics.structural_similarity_index_measure(x.float(), y.float(), data_range=255.0, reduction="none")
     return {"psnr": psnr.view(-1), "ssim": ssim.view(-1).double(), "l1": (x - y).abs().mean((1, 2, 3))}
-
-
-def evaluate_generator(generator: nn.Module, pairs: Sequence[Pair], run: Run) -> list[dict]:
-    """One row per image of `pairs`, and one per original passed through unharmed (kind `clean`).
-
-    A row has the kind, the name, and for each metric of `image_metrics` its value for the degraded and for the restored
-    image, as psnr_degraded, psnr_restored and so on.
-    """
-    clean = [pair._replace(degraded=pair.original, kind="clean") for pair in pairs if pair.kind == KINDS[0]]
-    rows = []
-    with evaluating(generator):
-        for degraded, original, info in make_loader(
-            [*pairs, *clean], run.settings.pretrain_batch, run.settings, run.device
-        ):
-            restored = generator(degraded.to(run.device)).cpu()
-            before, after = image_metrics(degraded, original), image_metrics(restored, original)
-            for i, (kind, name) in enumerate(zip(info["kind"], info["name"])):
-                row = {f"{metric}_degraded": values[i].item() for metric, values in before.items()}
-                row |= {f"{metric}_restored": values[i].item() for metric, values in after.items()}
-                rows.append({"kind": kind, "name": name} | row)
-    return rows
 
 
 def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000) -> tuple[float, float, float]:

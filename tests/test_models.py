@@ -1,7 +1,10 @@
 """Both networks: layers, shapes, ranges, and what they refuse."""
 
 import colorsys
+import dataclasses
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -79,6 +82,46 @@ def test_the_grain_head_starts_at_zero_and_cannot_tint_or_brighten():
         head.noise.weight.normal_()
     assert torch.allclose(head(flat), torch.zeros_like(flat), atol=1e-4) and head(image).abs().max() > 0.1
     assert torch.allclose(head(image), head(image + 0.3), atol=1e-3)
+
+
+def test_the_plain_generator_is_the_recipe_as_commonly_written():
+    generator = ru.build_generator(dataclasses.replace(TINY, plain=True, parts_weight=0.0))
+    kinds = [type(module) for module in generator.modules()]
+    assert kinds.count(nn.InstanceNorm2d) == 6 + 7 and nn.BatchNorm2d not in kinds
+    assert [m.p for m in generator.modules() if isinstance(m, nn.Dropout)] == [0.5] * 3
+    restoration = generator.eval().restore(torch.rand(2, 3, 256, 256) * 2 - 1)
+    assert restoration.restored.shape == (2, 3, 256, 256) and restoration.hole is None
+    assert restoration.restored.abs().max() < 1
+    with pytest.raises(ValueError, match="parts_weight=0"):
+        dataclasses.replace(TINY, plain=True)
+
+
+def test_plain_is_a_setting_of_every_profile():
+    for name, profile in ru.PROFILES.items():
+        plain = ru.choose_settings(torch.device("cpu"), {"RESTORATION_PROFILE": name, "RESTORATION_PLAIN": "1"})
+        assert plain == dataclasses.replace(profile, plain=True, parts_weight=0.0, ema=0.0, fresh=0.0)
+    assert not any(profile.plain for profile in ru.PROFILES.values())
+
+
+def test_local_means_agree_with_opencv():
+    image = np.random.default_rng(0).random((256, 256, 3), dtype=np.float32)
+    ours = ru.local_mean(torch.from_numpy(image).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+    assert np.allclose(ours, cv2.blur(image, (5, 5), borderType=cv2.BORDER_REFLECT_101), atol=1e-5)
+
+
+def test_the_hole_head_starts_with_rare_holes_and_can_see_flat_white_black_and_noisy_patches():
+    torch.manual_seed(1)
+    head = ru.HoleHead(4)
+    image = 0.6 * torch.rand(1, 3, 256, 256) - 0.3
+    assert torch.allclose(head(image), torch.full((1, 1, 256, 256), -3.0))
+    with torch.no_grad():
+        head.hole.weight.normal_()
+        before = head(image)
+        for patch in (0.0, 1.0, -1.0, 2 * torch.rand(1, 3, 40, 40) - 1):  # flat grey, white, black, noise
+            damaged = image.clone()
+            damaged[:, :, 100:140, 100:140] = patch
+            change = (head(damaged) - before).abs()[0, 0]
+            assert change[110:130, 110:130].mean() > 0.01 and change[:40, :40].max() < 1e-4  # there, and not far away
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 128, 128), (1, 3, 256, 255), (1, 1, 256, 256), (3, 256, 256)])

@@ -27,6 +27,12 @@ PROMISED = [  # every file name of the description
 ]
 
 
+def copy_module(folder):
+    """The module, and the measuring harness that notebook 06 uses, where they lie in the repository."""
+    shutil.copy(ROOT / "restoration_utils.py", folder)
+    shutil.copytree(ROOT / "tests" / "benchmarks", folder / "tests" / "benchmarks")
+
+
 def execute(notebooks, folder, timeout=600, **variables):
     """Runs copies of the notebooks in `folder` with nbconvert; raises with the error's text if one fails."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RESTORATION_")}
@@ -70,7 +76,7 @@ def test_smoke_profile_runs_all_six_in_order(tmp_path):
     variables = {"RESTORATION_PROFILE": "smoke", "OUTPUT_DIR": str(output)}
     work = tmp_path / "notebooks"
     work.mkdir()
-    shutil.copy(ROOT / "restoration_utils.py", tmp_path)  # found in the parent folder
+    copy_module(tmp_path)  # found in the parent folder
     execute(NOTEBOOKS, work, **variables)
     assert_promises(output, output / "fakefaces_degraded", work)
     metrics = json.loads((output / "metrics.json").read_text())
@@ -91,7 +97,7 @@ def test_a_made_up_kaggle_runs_with_nothing_but_the_profile_set(tmp_path):
     (kaggle / "input" / "fakefaces" / "images" / "-broken.jpg").write_text("not a picture")  # the first of all
     repository = kaggle / "input" / "restoration-notebooks"
     repository.mkdir()
-    shutil.copy(ROOT / "restoration_utils.py", repository)
+    copy_module(repository)
     execute(NOTEBOOKS, working, RESTORATION_PROFILE="smoke")
     assert_promises(working / "outputs", working / "fakefaces_degraded", working)
     assert "fakefaces" in json.loads((working / "outputs" / "metrics.json").read_text())["made_by"]["faces"]
@@ -100,14 +106,14 @@ def test_a_made_up_kaggle_runs_with_nothing_but_the_profile_set(tmp_path):
 
 def test_06_without_05_names_the_notebook_that_is_missing(tmp_path):
     variables = {"RESTORATION_PROFILE": "smoke", "OUTPUT_DIR": str(tmp_path / "o")}
-    shutil.copy(ROOT / "restoration_utils.py", tmp_path)
+    copy_module(tmp_path)
     with pytest.raises(AssertionError, match="05_train_gan"):
         execute(NOTEBOOKS[5:], tmp_path, **variables)
 
 
 @pytest.mark.slow
 def test_quick_profile_keeps_what_the_notebooks_promise(tmp_path):
-    shutil.copy(ROOT / "restoration_utils.py", tmp_path)
+    copy_module(tmp_path)
     variables = {"RESTORATION_PROFILE": "quick", "RESTORATION_STRICT": "1", "OUTPUT_DIR": str(tmp_path / "o")}
     execute(NOTEBOOKS, tmp_path, timeout=3000, **variables)
     assert_promises(tmp_path / "o", tmp_path / "o" / "fakefaces_degraded", tmp_path)

@@ -57,13 +57,6 @@ def test_bootstrap_interval_covers_the_normal_one():
     assert low == pytest.approx(mean - half, abs=0.02) and high == pytest.approx(mean + half, abs=0.02)
 
 
-def test_evaluation_has_a_row_per_image_and_clean_ones_too(run, pairs):
-    rows = ru.evaluate_generator(torch.nn.Identity(), pairs[:6], run)
-    assert [row["kind"] for row in rows] == [*ru.KINDS, *ru.KINDS, "clean", "clean"]
-    assert all(row["psnr_degraded"] == row["psnr_restored"] for row in rows)
-    assert all(np.isinf(row["psnr_restored"]) == (row["kind"] == "clean") for row in rows)
-
-
 def test_comparison_restores_the_mode_and_saves(run, pairs):
     generator = ru.build_generator(TINY).train()
     figure = ru.compare_results(generator, pairs, run, run.outputs / "comparison_batch_x.png")

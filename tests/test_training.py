@@ -155,6 +155,15 @@ def test_pretraining_writes_its_files_and_keeps_the_best_epoch(run, pairs, capsy
     assert "already done" in capsys.readouterr().out
 
 
+def test_the_plain_recipe_trains_through_both_stages(run, pairs):
+    plain = with_settings(run, plain=True, parts_weight=0.0, ema=0.0, fresh=0.0)
+    pretrain(plain, pairs)
+    generator, _, history = train_gan(plain, pairs)
+    assert len(history) == 2 and "g_parts" not in history[0]
+    loaded = ru.load_generator(plain.outputs / "face_restoration_generator_final.pth")
+    assert same(dict(loaded.state_dict()), dict(generator.state_dict()))
+
+
 def test_steplr_and_early_stopping_fire(run, pairs, monkeypatch, capsys):
     losses = iter([0.5, 0.4, 0.6, 0.45, 0.41, 0.1, 0.1])
     monkeypatch.setattr(ru, "validation_losses", lambda *args: {"l1": next(losses), "mse": 0.0})

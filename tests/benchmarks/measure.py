@@ -1,0 +1,351 @@
+"""How good is a generator, next to doing nothing and next to what one would reach for without it?
+
+Notebook 06 uses the functions; the command line measures the weights in an outputs folder and prints the tables:
+
+    python tests/benchmarks/measure.py [OUTPUT_DIR]
+
+Everything is measured at 256 px on clipped 8-bit RGB values, on validation faces that no stage has trained on. The
+classical alternatives work on the same 256 px images as the network. Non-local means gets its best strength, found on
+training faces; the inpainting methods get the true mask, which the network does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import restoration_utils as ru
+
+STRENGTHS = (2, 3, 4, 5, 6, 8, 10, 15)  # of non-local means
+BORDER = 2  # px on both sides of a hole's edge
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classical alternatives: uint8 BGR (H, W, 3) in and out
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def non_local_means(image: np.ndarray, strength: float) -> np.ndarray:
+    """Buades et al. 2005, as OpenCV has it: patches of 7 px, a window of 21 px, one strength for light and colour."""
+    return cv2.fastNlMeansDenoisingColored(image, None, strength, strength, 7, 21)
+
+
+def undo_mean_fading(image: np.ndarray, settings: ru.Settings) -> np.ndarray:
+    """Divides S and V of HSV by the means of the ranges that the damage draws them from."""
+    hsv = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_BGR2HSV)
+    hsv[..., 1] /= np.mean(settings.saturation)
+    hsv[..., 2] /= np.mean(settings.value)
+    hsv[..., 1:] = hsv[..., 1:].clip(0, 1)
+    return np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR) * 255).astype(np.uint8)
+
+
+def equalize(image: np.ndarray) -> np.ndarray:
+    """Contrast-limited adaptive histogram equalisation (CLAHE) of the lightness, limit 2, 8 x 8 tiles."""
+    lab = cv2.cvtColor(image, cv2.COLOR_BGR2LAB)
+    lab[..., 0] = cv2.createCLAHE(2.0, (8, 8)).apply(np.ascontiguousarray(lab[..., 0]))
+    return cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)
+
+
+def inpaint(image: np.ndarray, hole: np.ndarray, method: int) -> np.ndarray:
+    """Fills the true hole, float (H, W), from around it: Telea 2004 or Navier-Stokes (Bertalmio et al. 2001)."""
+    return cv2.inpaint(image, (hole > 0).astype(np.uint8), 3, method)
+
+
+def classical_methods(kind: str, strength: float, settings: ru.Settings) -> dict[str, Callable]:
+    """By name, what one would use without a network for a kind of damage: functions of (image, hole)."""
+    if kind == "noisy":
+        return {f"non-local means, {strength}": lambda image, hole: non_local_means(image, strength)}
+    if kind == "color":
+        fixed = {"inverse of the mean fading": lambda image, hole: undo_mean_fading(image, settings)}
+        return fixed | {"CLAHE": lambda image, hole: equalize(image)}
+    if kind == "occluded":
+        telea = {"Telea, true mask": lambda image, hole: inpaint(image, hole, cv2.INPAINT_TELEA)}
+        return telea | {"Navier-Stokes, true mask": lambda image, hole: inpaint(image, hole, cv2.INPAINT_NS)}
+    return {}
+
+
+def to_arrays(images: Tensor) -> list[np.ndarray]:
+    """Networks' images (N, 3, H, W) as uint8 BGR arrays."""
+    return [np.ascontiguousarray(i.permute(1, 2, 0).cpu().numpy()[..., ::-1]) for i in ru.to_pixels(images)]
+
+
+def to_images(arrays: Sequence[np.ndarray]) -> Tensor:
+    """The way back of `to_arrays`."""
+    stacked = np.stack([array[..., ::-1] for array in arrays])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tune_non_local_means(pairs: Sequence[ru.Pair], settings: ru.Settings, images: int = 12) -> float:
+    """The strength with the best mean PSNR on some noisy training pairs."""
+    noisy = [pair for pair in pairs if pair.kind == "noisy"][:images]
+    degraded, original, _ = map(list, zip(*ru.FaceRestorationGANDataset(noisy, settings)))
+    degraded, original = to_arrays(torch.stack(degraded)), torch.stack(original)
+
+    def score(strength: float) -> float:
+        """Mean PSNR at one strength."""
+        return ru.image_metrics(to_images([non_local_means(d, strength) for d in degraded]), original)["psnr"].mean()
+
+    return max(STRENGTHS, key=score)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image by image
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def region_psnr(images: Tensor, originals: Tensor, hole: Tensor) -> dict[str, Tensor]:
+    """PSNR in dB inside the holes, outside them, and within 2 px of their edge; (N,) each. `hole` is (N, 1, H, W)."""
+    error = (ru.to_pixels(images).double() - ru.to_pixels(originals).double()).square().mean(1, keepdim=True)
+    size = 2 * BORDER + 1
+    wide = F.max_pool2d(hole, size, stride=1, padding=BORDER)
+    narrow = 1 - F.max_pool2d(1 - hole, size, stride=1, padding=BORDER)
+    regions = {"inside": narrow > 0.99, "outside": wide < 0.01}
+    regions["border"] = ~(regions["inside"] | regions["outside"])
+    means = {name: (error * r).sum((1, 2, 3)) / r.sum((1, 2, 3)) for name, r in regions.items()}
+    return {f"psnr_{name}": 10 * torch.log10(255**2 / mean) for name, mean in means.items()}
+
+
+def measure(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], strength: float, run: ru.Run) -> list[dict]:
+    """One row per image and method: kind, name, method, psnr, ssim, l1; for occluded images also by region.
+
+    Methods are `degraded` (doing nothing), those of `generators` by name, and the classical ones. The kind `clean` has
+    an original on both sides.
+    """
+    clean = [pair._replace(degraded=pair.original, kind="clean") for pair in pairs if pair.kind == ru.KINDS[0]]
+    rows = []
+    for kind in (*ru.KINDS, "clean"):
+        chosen = [pair for pair in (*pairs, *clean) if pair.kind == kind]
+        classical = classical_methods(kind, strength, run.settings)
+        for degraded, original, info in ru.make_loader(chosen, run.settings.pretrain_batch, run.settings, run.device):
+            results = {"degraded": degraded}
+            for name, generator in generators.items():
+                with ru.evaluating(generator):
+                    results[name] = generator(degraded.to(run.device)).cpu()
+            for name, method in classical.items():
+                results[name] = to_images([method(*x) for x in zip(to_arrays(degraded), info["hole"][:, 0].numpy())])
+            for method, images in results.items():
+                values = ru.image_metrics(images, original)
+                if kind == "occluded":
+                    values |= region_psnr(images, original, info["hole"])
+                for i, name in enumerate(info["name"]):
+                    rows.append(
+                        {"kind": kind, "name": name, "method": method} | {k: v[i].item() for k, v in values.items()}
+                    )
+    return rows
+
+
+def values_of(rows: Sequence[Mapping], kind: str, method: str, key: str) -> np.ndarray:
+    """One measurement of all images of a kind."""
+    return np.array([row[key] for row in rows if row["kind"] == kind and row["method"] == method])
+
+
+def summarize(rows: Sequence[Mapping]) -> dict[str, dict[str, dict]]:
+    """Means over images by kind and method; None where they are infinite (an original measured against itself).
+
+    `gain` is the mean paired gain in PSNR over `degraded` with its 95 % interval, `improved` the share of images with
+    a gain above zero.
+    """
+    summary: dict[str, dict[str, dict]] = {}
+    for kind, method in dict.fromkeys((row["kind"], row["method"]) for row in rows):
+        keys = next(row for row in rows if row["kind"] == kind).keys() - {"kind", "name", "method"}
+        means = {key: float(values_of(rows, kind, method, key).mean()) for key in sorted(keys)}
+        cell = summary.setdefault(kind, {})[method] = {k: m if np.isfinite(m) else None for k, m in means.items()}
+        if method != "degraded" and kind != "clean":
+            gain = values_of(rows, kind, method, "psnr") - values_of(rows, kind, "degraded", "psnr")
+            cell |= {"gain": ru.mean_interval(gain), "improved": float((gain > 0).mean())}
+    return summary
+
+
+def print_summary(summary: Mapping[str, Mapping[str, Mapping]]) -> None:
+    """The summary as a table."""
+    print(f"{'kind':9s} {'method':28s} {'PSNR, dB':>8s} {'SSIM':>7s} {'L1':>6s}  {'gain in PSNR, 95 %':25s} improved")
+    for kind, methods in summary.items():
+        for method, cell in methods.items():
+            psnr = "inf" if cell["psnr"] is None else f"{cell['psnr']:.2f}"
+            line = f"{kind:9s} {method:28s} {psnr:>8s} {cell['ssim']:7.4f} {cell['l1']:6.2f}  "
+            if "gain" in cell:
+                line += "{:+6.2f} ({:+.2f} to {:+.2f})".format(*cell["gain"]).ljust(26) + f"{cell['improved']:.0%}"
+            print(line)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Realism: does a set of images look like originals?
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma (N, H, W) on the 0..255 scale, of 8-bit values (ITU-R BT.601)."""
+    return torch.einsum("nchw,c->nhw", ru.to_pixels(images).double(), torch.tensor([0.299, 0.587, 0.114]).double())
+
+
+def sharpness_ratio(images: Tensor, originals: Tensor) -> float:
+    """Variance of the Laplacian over that of the original, the median over images; 1 is right, less is blurred."""
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).double().view(1, 1, 3, 3)
+    variances = [F.conv2d(grey(x).unsqueeze(1), kernel).var((1, 2, 3)) for x in (images, originals)]
+    return (variances[0] / variances[1]).median().item()
+
+
+def radial_spectrum(images: Tensor) -> Tensor:
+    """Mean power at every whole spatial frequency from 1 to H / 2 (in cycles a picture), over images and directions."""
+    size = images.shape[-1]
+    window = torch.hann_window(size, periodic=False).double()
+    centred = grey(images) - grey(images).mean((1, 2), keepdim=True)
+    power = torch.fft.fft2(centred * window * window[:, None]).abs().square().mean(0)
+    f = torch.fft.fftfreq(size) * size
+    radius = torch.hypot(f[:, None], f).round().long().flatten()
+    sums = torch.zeros(int(radius.max()) + 1).double().index_add_(0, radius, power.flatten())
+    return (sums / torch.bincount(radius))[1 : size // 2 + 1]
+
+
+def spectrum_distance(images: Tensor, originals: Tensor) -> float:
+    """Mean absolute difference of the radial power spectra in dB; 0 is right."""
+    spectra = [10 * torch.log10(radial_spectrum(x) + 1e-9) for x in (images, originals)]
+    return (spectra[0] - spectra[1]).abs().mean().item()
+
+
+def classifier_accuracy(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], steps: int = 300, seed: int = 0
+) -> float:
+    """How well a small network, trained on some faces, tells (images, originals) of other faces apart.
+
+    A classifier two-sample test (Lopez-Paz and Oquab 2017): the balanced accuracy on the held-out faces. 0.5 means that
+    it cannot tell, which is right; 1 that it always can. It sees random crops of 96 px and averages its logits over the
+    whole image when tested.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.2)]
+    network = nn.Sequential(*layers, nn.Conv2d(64, 1, 3, padding=1))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    for _ in range(steps):
+        chosen = rng.integers(len(train[0]), size=8)
+        y, x = rng.integers(train[0].shape[-1] - 96 + 1, size=2)
+        crops = torch.cat([images[chosen, :, y : y + 96, x : x + 96] for images in train])
+        labels = torch.arange(2).repeat_interleave(8).float()
+        loss = F.binary_cross_entropy_with_logits(network(crops).mean((1, 2, 3)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        fake, real = (network(images).mean((1, 2, 3)) for images in test)
+    return ((fake < 0).double().mean().item() + (real > 0).double().mean().item()) / 2
+
+
+def collect(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], run: ru.Run) -> dict[str, Tensor]:
+    """All images of the pairs by method: `original`, `degraded` and the generators' by name, on the CPU."""
+    images: dict[str, list[Tensor]] = {}
+    for degraded, original, _ in ru.make_loader(pairs, run.settings.pretrain_batch, run.settings, run.device):
+        images.setdefault("original", []).append(original)
+        images.setdefault("degraded", []).append(degraded)
+        for name, generator in generators.items():
+            with ru.evaluating(generator):
+                images.setdefault(name, []).append(generator(degraded.to(run.device)).cpu())
+    return {name: torch.cat(parts) for name, parts in images.items()}
+
+
+def realism(
+    generators: Mapping[str, nn.Module], train: Sequence[ru.Pair], test: Sequence[ru.Pair], run: ru.Run, faces: int = 60
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By kind and method: sharpness ratio, spectrum distance and the classifier's accuracy, on the pairs of `test`.
+
+    The classifier is trained on up to `faces` faces of `train`.
+    """
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for kind in ru.KINDS:
+        known = collect(generators, [pair for pair in train if pair.kind == kind][:faces], run)
+        unseen = collect(generators, [pair for pair in test if pair.kind == kind], run)
+        for method in ("degraded", *generators):
+            images, originals = unseen[method], unseen["original"]
+            result.setdefault(kind, {})[method] = {
+                "sharpness": sharpness_ratio(images, originals),
+                "spectrum_db": spectrum_distance(images, originals),
+                "accuracy": classifier_accuracy((known[method], known["original"]), (images, originals)),
+            }
+            perceptual = lpips(images, originals)
+            if perceptual is not None:
+                result[kind][method]["lpips"] = perceptual
+    return result
+
+
+def lpips(images: Tensor, originals: Tensor) -> float | None:
+    """Learned perceptual distance (Zhang et al. 2018, AlexNet), mean over images; None if its weights are not at hand.
+
+    They are if torchvision has downloaded them before: `torchvision.models.alexnet(weights="DEFAULT")`.
+    """
+    if not list(Path(torch.hub.get_dir(), "checkpoints").glob("alexnet-*.pth")):
+        return None
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex")
+    return float(metric(images.clamp(-1, 1), originals.clamp(-1, 1)))
+
+
+def print_realism(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """The realism table; 1, 0 dB and 50 % are right."""
+    print(f"{'kind':9s} {'method':28s} {'sharpness':>9s} {'spectrum':>9s} {'told apart':>10s}")
+    for kind, methods in table.items():
+        for method, cell in methods.items():
+            line = f"{kind:9s} {method:28s} {cell['sharpness']:9.2f} {cell['spectrum_db']:6.2f} dB"
+            print(f"{line} {cell['accuracy']:10.0%}" + (f"  LPIPS {cell['lpips']:.3f}" if "lpips" in cell else ""))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_generators(run: ru.Run) -> dict[str, nn.Module]:
+    """The pretrained, the GAN-trained and, if it has been trained in outputs/plain, the plain generator."""
+    files = {"pretrained": "pretrained_generator_best.pth", "restored": "face_restoration_generator_final.pth"}
+    generators = {
+        name: ru.load_generator(ru.require_artifact(f, run, "04 and 05"), run.device) for name, f in files.items()
+    }
+    plain = run.outputs / "plain" / files["restored"]
+    if plain.is_file():
+        content = ru.load_checkpoint(plain)
+        if content["faces"] != run.faces or content["settings"]["seed"] != run.settings.seed:
+            raise ValueError(f"{plain} was trained on other faces or another split; it cannot be compared")
+        generators["plain"] = ru.load_generator(plain, run.device)
+    return generators
+
+
+def main() -> None:
+    """Measures the weights in the outputs folder with the settings that they were trained with."""
+    if len(sys.argv) > 1:
+        os.environ["OUTPUT_DIR"] = sys.argv[1]
+    places, device = ru.find_places(), ru.choose_device()
+    final = places.outputs / "face_restoration_generator_final.pth"
+    saved = ru.load_checkpoint(final)["settings"]
+    fields = {field.name for field in dataclasses.fields(ru.Settings)}
+    settings = ru.Settings(**{name: value for name, value in saved.items() if name in fields})
+    faces = ru.find_faces(settings, places)
+    pairs = ru.prepare_pairs(faces, places, settings)
+    splits = ru.split_pairs(pairs, settings)
+    run = ru.Run(settings, places, device, ru.faces_id(pairs))
+    ru.check_same_run(final, ru.load_checkpoint(final), run)
+    generators = load_generators(run)
+    strength = tune_non_local_means(splits.pretrain_train, settings)
+    size = ru.read_image(faces.files[0]).shape
+    print(f"{len(splits.gan_validation) // 3} validation faces of {size[1]} x {size[0]} px, measured at 256 px")
+    summary = summarize(measure(generators, splits.gan_validation, strength, run))
+    print_summary(summary)
+    occluded = {m: {k: c[f"psnr_{k}"] for k in ("inside", "outside", "border")} for m, c in summary["occluded"].items()}
+    for method, regions in occluded.items():
+        print(f"occluded  {method:28s} " + "  ".join(f"{k} {v:.2f} dB" for k, v in regions.items()))
+    print_realism(realism(generators, splits.pretrain_train, splits.gan_validation, run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The measuring harness against independent references."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from skimage.metrics import peak_signal_noise_ratio
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+import measure
+
+import restoration_utils as ru
+
+
+def smooth(number, size=256, seed=0):
+    """Random cloudy pictures (N, 3, size, size) in [-1, 1]."""
+    small = torch.rand(number, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.8
+    return torch.nn.functional.interpolate(small, size=size, mode="bicubic").clamp(-1, 1)
+
+
+def test_region_psnr_agrees_with_scikit_image_on_the_pixels_of_each_region():
+    original, hole = smooth(2), torch.zeros(2, 1, 256, 256)
+    hole[:, :, 60:100, 80:140] = 1
+    restored = original + 0.1 * torch.randn(original.shape, generator=torch.Generator().manual_seed(1))
+    ours = measure.region_psnr(restored, original, hole)
+    near = np.zeros((256, 256), bool)
+    near[58:102, 78:142] = True
+    deep = np.zeros((256, 256), bool)
+    deep[62:98, 82:138] = True
+    regions = {"inside": deep, "outside": ~near, "border": near & ~deep}
+    for i in range(2):
+        a, b = (ru.to_pixels(x)[i].permute(1, 2, 0).numpy() for x in (restored, original))
+        for name, region in regions.items():
+            expected = peak_signal_noise_ratio(b[region], a[region])
+            assert ours[f"psnr_{name}"][i].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_arrays_and_images_are_the_same_pixels():
+    images = smooth(2)
+    assert torch.equal(ru.to_pixels(measure.to_images(measure.to_arrays(images))), ru.to_pixels(images))
+    assert measure.to_arrays(images)[1][10, 20].tolist() == ru.to_pixels(images)[1, :, 10, 20].tolist()[::-1]  # BGR
+
+
+def test_the_fixed_inverse_undoes_a_fading_by_the_mean_factors():
+    settings = dataclasses.replace(TINY, saturation=(0.5, 0.5), value=(0.9, 0.9))
+    image = measure.to_arrays(smooth(1))[0] // 2 + 30
+    faded = ru.distort_colors(image, np.random.default_rng(0), settings.saturation, settings.value)
+    error = np.abs(measure.undo_mean_fading(faded, settings).astype(int) - image)
+    assert error.max() <= 3 and np.abs(faded.astype(int) - image).max() > 10
+
+
+def test_inpainting_changes_the_hole_only_and_fills_it_from_around():
+    image, hole = np.full((64, 64, 3), 90, np.uint8), np.zeros((64, 64), np.float32)
+    hole[20:30, 20:40] = 1
+    damaged = np.where(hole[..., None] > 0, np.uint8(255), image)
+    for method in (cv2.INPAINT_TELEA, cv2.INPAINT_NS):
+        filled = measure.inpaint(damaged, hole, method)
+        assert np.array_equal(filled[hole == 0], image[hole == 0]) and np.abs(filled.astype(int) - 90).max() <= 2
+
+
+def test_sharpness_and_spectrum_are_right_for_originals_and_wrong_for_blurred_ones():
+    images = smooth(3) + 0.1 * torch.randn(3, 3, 256, 256, generator=torch.Generator().manual_seed(2))
+    blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1)
+    assert measure.sharpness_ratio(images, images) == pytest.approx(1)
+    assert measure.spectrum_distance(images, images) == 0
+    assert measure.sharpness_ratio(blurred, images) < 0.5
+    assert measure.spectrum_distance(blurred, images) > 3
+    greys = [[cv2.cvtColor(a, cv2.COLOR_BGR2GRAY) for a in measure.to_arrays(x)] for x in (blurred, images)]
+    variances = [[cv2.Laplacian(g, cv2.CV_64F)[1:-1, 1:-1].var() for g in part] for part in greys]
+    expected = np.median(np.divide(*variances))
+    assert measure.sharpness_ratio(blurred, images) == pytest.approx(expected, rel=0.1)  # OpenCV rounds its greys
+
+
+def test_the_radial_spectrum_finds_a_waves_frequency():
+    x = torch.linspace(0, 1, 257)[:-1]
+    wave = (0.5 * torch.sin(2 * torch.pi * 20 * x)).expand(1, 3, 256, 256)
+    assert measure.radial_spectrum(wave).argmax().item() + 1 == 20
+
+
+def test_the_classifier_cannot_tell_equals_and_can_tell_noise():
+    images = [smooth(24, seed=seed) for seed in range(4)]
+    same = measure.classifier_accuracy((images[0], images[1]), (images[2], images[3]), steps=60)
+    noisy = [x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) for x in images[:2]]
+    different = measure.classifier_accuracy((noisy[0], images[1]), (noisy[1], images[3]), steps=60)
+    assert same < 0.75 and different > 0.95
+
+
+def test_measuring_has_every_method_and_summarises_paired_gains(run, pairs):
+    rows = measure.measure({"nothing": torch.nn.Identity()}, pairs[:9], 3, run)
+    assert {row["method"] for row in rows if row["kind"] == "color"} == {
+        "degraded", "nothing", "inverse of the mean fading", "CLAHE"
+    }  # fmt: skip
+    summary = measure.summarize(rows)
+    assert summary["color"]["nothing"]["gain"] == (0, 0, 0) and summary["color"]["nothing"]["improved"] == 0
+    telea = summary["occluded"]["Telea, true mask"]
+    difference = telea["psnr"] - summary["occluded"]["degraded"]["psnr"]
+    assert telea["gain"][0] == pytest.approx(difference) and telea["psnr_inside"] is not None
+    assert summary["clean"]["degraded"]["psnr"] is None  # infinite: nothing to write into JSON
+    assert measure.tune_non_local_means(pairs, run.settings, 3) in measure.STRENGTHS
