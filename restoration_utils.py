@@ -2118,9 +2118,10 @@ def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_00
     return float(values.mean()), float(low), float(high)
 
 
-def restore_pixels(photo: np.ndarray, generator: UNetGenerator) -> tuple[np.ndarray, np.ndarray]:
-    """What the network sees of a photo and what it makes of it: float RGB (h, w, 3) each on the 0..255 scale.
+def restore_pixels(photo: np.ndarray, generator: UNetGenerator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the network sees of a photo, what it makes of it, and where it sees holes.
 
+    Float RGB (h, w, 3) twice on the 0..255 scale, and probabilities (h, w, 1).
     The longer side becomes 256 px; the rest of the network's square is filled by reflection and cut off again, so the
     aspect is kept. `photo` is uint8 BGR (H, W, 3).
     """
@@ -2131,9 +2132,12 @@ def restore_pixels(photo: np.ndarray, generator: UNetGenerator) -> tuple[np.ndar
     square = cv2.copyMakeBorder(np.asarray(rgb), 0, size - h, 0, size - w, cv2.BORDER_REFLECT)
     device = next(generator.parameters()).device
     with evaluating(generator):
-        restored = generator(image_transform(size)(Image.fromarray(square)).unsqueeze(0).to(device))
-    restored = (restored[0].permute(1, 2, 0).cpu().numpy() + 1) * 127.5
-    return np.asarray(rgb, dtype=np.float32), restored[:h, :w]
+        restoration = generator.restore(image_transform(size)(Image.fromarray(square)).unsqueeze(0).to(device))
+    restored = (restoration.restored[0].permute(1, 2, 0).cpu().numpy() + 1) * 127.5
+    hole = np.zeros((size, size, 1), np.float32)
+    if restoration.hole is not None:
+        hole = restoration.hole[0].sigmoid().permute(1, 2, 0).cpu().numpy()
+    return np.asarray(rgb, dtype=np.float32), restored[:h, :w], hole[:h, :w]
 
 
 def restore_image_gan(
@@ -2144,7 +2148,8 @@ def restore_image_gan(
     Any image of any size that OpenCV reads: colour, grey, with transparency (which is dropped), 16-bit, palette,
     EXIF-rotated. The result has the size it came in and keeps its sharpness: the network works at 256 px, and its
     correction, not its picture, is scaled up and added to the photo, photo + upsample(G(small) - small). So noise finer
-    than the network's pixels stays. With `network_size` the network's own picture is written, its longer side 256 px.
+    than the network's pixels stays, except where it sees a hole: there only its own picture counts. With `network_size`
+    that picture is written as it is, its longer side 256 px.
 
     Raises ValueError if `source` cannot be read, or if `destination` is the source or has no known image suffix.
     """
@@ -2154,16 +2159,17 @@ def restore_image_gan(
     if destination.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
     photo = read_image(source)
-    small, restored = restore_pixels(photo, generator)
+    small, restored, hole = restore_pixels(photo, generator)
     if network_size:
         result = restored
     else:
         height, width = photo.shape[:2]
-        shrinks = max(height, width) < Settings.image_size
-        correction = cv2.resize(
-            restored - small, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        how = cv2.INTER_AREA if max(height, width) < Settings.image_size else cv2.INTER_LINEAR
+        small, restored, hole = (
+            cv2.resize(image, (width, height), interpolation=how) for image in (small, restored, hole)
         )
-        result = photo[..., ::-1] + correction
+        detail = photo[..., ::-1] - small
+        result = restored + (1 - np.clip(2 * hole[..., None] - 1, 0, 1)) * detail  # unsure is not enough to lose detail
     image = np.ascontiguousarray(_to_uint8(result)[..., ::-1])
     write_image(destination, image)
     return image

@@ -22,6 +22,9 @@ class Darker(torch.nn.Module):
         pattern = torch.linspace(0, 1, images.shape[-1]).view(1, 1, 1, -1)
         return (images - self.amount * pattern).clamp(-1, 1)
 
+    def restore(self, images):
+        return ru.Restoration(self.forward(images))
+
 
 def photo(height=80, width=120):
     y, x = np.mgrid[0:height, 0:width]
@@ -107,6 +110,23 @@ def test_the_correction_is_added_to_the_sharp_photo(tmp_path):
     result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Darker(0.2)).astype(float)
     expected = sharp - 0.2 * 127.5 * np.linspace(0, 1, 512)[None, :, None]
     assert np.abs(result - expected).max() < 2
+
+
+class Filler(Darker):
+    """Sees a hole in the upper left quarter, is half sure of one in the lower right, and paints grey over the first."""
+
+    def restore(self, images):
+        hole = torch.full_like(images[:, :1], -20.0)
+        hole[..., :128, :128], hole[..., 128:, 128:] = 20.0, 0.0
+        return ru.Restoration(torch.where(hole > 10, 0.0, images), hole=hole)
+
+
+def test_in_holes_only_the_networks_own_picture_counts(tmp_path):
+    sharp = np.random.default_rng(0).integers(60, 200, (512, 512, 3), dtype=np.uint8)
+    ru.write_image(tmp_path / "a.png", sharp)
+    result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Filler())
+    assert np.abs(result[:250, :250].astype(int) - 128).max() <= 1  # no speckle of the hole is left
+    assert np.abs(result[:, 260:].astype(int) - sharp[:, 260:]).max() <= 1
 
 
 def test_the_networks_own_picture_on_request_keeps_the_aspect(tmp_path):
