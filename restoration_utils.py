@@ -1809,13 +1809,12 @@ def _save_training(path: Path, run: Run, parts: Mapping[str, Any], history: list
     save_checkpoint(path, run, history=history, **{name: part.state_dict() for name, part in parts.items()})
 
 
-def _resume_training(stage: str, run: Run, parts: Mapping[str, Any], ignore: Iterable[str]) -> list[dict]:
-    """Loads the stage's last checkpoint into `parts` and returns its history; an empty one if there is none."""
+def _resume_training(stage: str, run: Run, parts: Mapping[str, Any]) -> list[dict]:
+    """Loads the stage's last checkpoint, which `prepare_stage` has checked, into `parts`; returns its history."""
     path = run.outputs / f"{stage}_last.pth"
     if not path.is_file():
         return []
     content = load_checkpoint(path)  # to the CPU: the parts bring it to their device, but Adam's step counts stay there
-    check_same_run(path, content, run, ignore)
     for name, part in parts.items():
         part.load_state_dict(content[name])
     return content["history"]
@@ -1830,7 +1829,6 @@ def train_epochs(
     step: Callable[[tuple, int, int], dict[str, Tensor]],
     finish: Callable[[list[dict]], None],
     stop: Callable[[list[dict]], bool] = lambda history: False,
-    ignore: Iterable[str] = (),
 ) -> list[dict]:
     """The loop around both trainings: resumes, trains epoch by epoch, logs, and saves `<stage>_last.pth` after each.
 
@@ -1839,7 +1837,7 @@ def train_epochs(
     depends on its number and on the state before it only, so a resumed run ends with the same bits (on a CPU: CUDA adds
     up in no fixed order).
     """
-    history = _resume_training(stage, run, parts, ignore)
+    history = _resume_training(stage, run, parts)
     if history:
         print(f"{stage}: {len(history)} of {epochs} epochs were already done")
     first = len(history) + 1
@@ -1944,7 +1942,7 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
         return len(history) - best_epoch(history) >= s.patience
 
     parts = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    history = train_epochs("pretrain", s.pretrain_epochs, run, parts, loader, step, finish, stop, _GAN_ONLY)
+    history = train_epochs("pretrain", s.pretrain_epochs, run, parts, loader, step, finish, stop)
     generator.load_state_dict(load_checkpoint(best)["generator"])
     return history
 
