@@ -1358,15 +1358,16 @@ class ColorHead(nn.Module):
     """Estimates how far a photograph has faded, and undoes it: one brightness and one saturation for the whole image.
 
     With V = max(R, G, B), multiplying S and V of HSV by constants turns each channel c into v (V + s (c - V)), and
-    undoing it does so too. The two numbers come from means and standard deviations of features of the picture at 64 px
-    (a global change estimated at low resolution: Gharbi et al. 2017). No norm: it would hide what is to be measured.
+    undoing it does so too. The two numbers come from how bright and how saturated the picture is where it is so least,
+    most, and in between: quantiles of V and S at 64 px. A third one says whether it has faded at all, without which
+    every good picture would be mended a little, too.
     """
 
-    def __init__(self, channels: int = 32) -> None:
+    QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+    def __init__(self, hidden: int = 64) -> None:
         super().__init__()
-        first, second = (nn.Conv2d(i, o, 3, 2, padding=1) for i, o in ((6, channels), (channels, 2 * channels)))
-        self.features = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2))
-        self.gains = nn.Sequential(nn.Linear(4 * channels, 64), nn.LeakyReLU(0.2), nn.Linear(64, 2))
+        self.gains = nn.Sequential(nn.Linear(2 * len(self.QUANTILES), hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 3))
         nn.init.zeros_(self.gains[-1].weight)  # starts as the identity
         nn.init.zeros_(self.gains[-1].bias)
 
@@ -1374,11 +1375,12 @@ class ColorHead(nn.Module):
         """The recoloured image, not clipped: (N, 3, 256, 256), 0 is half grey."""
         rgb = (degraded + 1) / 2
         small = F.avg_pool2d(rgb, 4)  # (N, 3, 64, 64)
-        high, low = small.amax(1, keepdim=True), small.amin(1, keepdim=True)
-        x = self.features(torch.cat([2 * small - 1, high, low, (high - low) / (high + 0.05)], 1))  # (N, 2C, 16, 16)
-        gains = self.gains(torch.cat([x.mean((2, 3)), x.std((2, 3))], 1))  # (N, 2)
-        gains = 2 * torch.tanh(2.5 * gains)  # logarithms, up to a factor of 7; a slope of 5 makes them learn fast
-        brightness, saturation = gains.exp()[:, :, None, None, None].unbind(1)
+        high, low = small.amax(1), small.amin(1)
+        maps = torch.stack([high, (high - low) / (high + 0.05)], 1).flatten(2)  # (N, 2, 4096)
+        quantiles = maps.quantile(maps.new_tensor(self.QUANTILES), dim=2)  # (9, N, 2)
+        gains = self.gains(4 * quantiles.permute(1, 2, 0).flatten(1) - 2)  # (N, 3)
+        gains, faded = 2 * torch.tanh(2.5 * gains[:, :2]), 2 * torch.sigmoid(6 * gains[:, 2:])
+        brightness, saturation = (faded * gains).exp()[:, :, None, None, None].unbind(1)  # slopes above: learn fast
         value = rgb.amax(1, keepdim=True)
         return 2 * brightness * (value + saturation * (rgb - value)) - 1  # (N, 3, 256, 256)
 
@@ -1392,24 +1394,37 @@ def local_mean(images: Tensor) -> Tensor:
     return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, groups=images.shape[1])
 
 
+def noise_level(images: Tensor) -> Tensor:
+    """Standard deviation of the detail in the flattest tenth of a picture, in the units of `images`: (N, 1, 1, 1).
+
+    Where a photograph shows nothing, what is left is its noise (as in Immerkaer 1996, but in blocks of 16 px).
+    """
+    detail = images - local_mean(images)
+    blocks = F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).sqrt()  # (N, 256)
+    return blocks.quantile(0.1, dim=1)[:, None, None, None]
+
+
 class GrainHead(nn.Module):
     """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN).
 
-    It sees the image minus its local mean only, and says zero where there is no detail: it can take away grain, but
-    neither tint nor brighten, which is the colour head's task. Starts at zero everywhere.
+    It sees the image minus its local mean, in units of the image's own noise level: what it learns for one amount of
+    noise holds for another, and it hardly touches a picture without. It can take away grain, but neither tint nor
+    brighten, which is the colour head's task. Starts at zero everywhere.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.features = nn.Conv2d(3, channels, 3, padding=1)
+        first, second = (nn.Conv2d(i, channels, 3, padding=1) for i in (3, channels))
+        self.features = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
         self.noise = nn.Conv2d(channels + 3, 3, 3, padding=1, bias=False)
         nn.init.zeros_(self.noise.weight)
 
     def forward(self, degraded: Tensor) -> Tensor:
         """The noise, (N, 3, 256, 256), in the units of `degraded`."""
-        detail = degraded - local_mean(degraded)
-        features = F.relu(self.features(detail)) - F.relu(self.features.bias)[:, None, None]  # (N, C, 256, 256)
-        return 10 * self.noise(torch.cat([features, detail], 1))  # 10: learns fast
+        level = noise_level(degraded)  # (N, 1, 1, 1)
+        detail = (degraded - local_mean(degraded)) / level.clamp(min=1 / 127.5)  # at least an 8-bit step
+        detail = detail.clamp(-6, 6)  # what stands out further is no noise
+        return 3 * level * self.noise(torch.cat([self.features(detail), detail], 1))  # 3: learns fast
 
 
 class HoleHead(nn.Module):
@@ -1471,9 +1486,9 @@ class OutputLayer(nn.Module):
         upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
         mixed = F.relu(self.mix(torch.cat([upsampled, degraded], 1)))  # (N, C, 256, 256)
         correction, fill, hole = self.parts(torch.cat([mixed, degraded], 1)).split([3, 3, 1], 1)
-        recolored = self.recolor(degraded)  # (N, 3, 256, 256)
+        recolored = self.recolor(degraded - self.grain(degraded))  # (N, 3, 256, 256)
         limit = 1 - 1 / 255  # half an 8-bit step inside Tanh's open range
-        kept = torch.tanh(torch.atanh(recolored.clamp(-limit, limit)) + correction - self.grain(degraded))
+        kept = torch.tanh(torch.atanh(recolored.clamp(-limit, limit)) + correction)
         hole, fill = hole + self.detect(degraded), torch.tanh(fill)
         return Restoration(kept + torch.sigmoid(hole) * (fill - kept), recolored, hole, fill)
 
@@ -1545,21 +1560,29 @@ class PatchGANDiscriminator(nn.Module):
     Two RGB batches (N, 3, 256, 256) in [-1, 1] to scores (N, 1, 30, 30), each from 70 x 70 px. No sigmoid: under the
     least-squares loss with targets 1 and 0 the best score already is the probability that the patch is real (Mao et
     al. 2017). ValueError for other shapes.
+
+    The pair reaches the first layer as the candidate and, ten times magnified, what it changes about the degraded
+    image: the changes are what is to be judged, and most are small. No norm: in a batch of only real or only fake pairs
+    batch norm takes away in what the two differ. `plain` is the recipe as commonly written: the pair as it is, and
+    batch norm.
     """
 
-    def __init__(self, width: int = Settings.discriminator_width) -> None:
+    def __init__(self, width: int = Settings.discriminator_width, plain: bool = Settings.plain) -> None:
         super().__init__()
+        self.plain = plain
         layers: list[nn.Module] = [nn.Conv2d(6, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for inputs, outputs, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):
-            layers.append(nn.Conv2d(inputs * width, outputs * width, 4, stride, padding=1, bias=False))
-            layers += [nn.BatchNorm2d(outputs * width), nn.LeakyReLU(0.2)]
+            layers.append(nn.Conv2d(inputs * width, outputs * width, 4, stride, padding=1, bias=not plain))
+            layers += [nn.BatchNorm2d(outputs * width)] if plain else []
+            layers.append(nn.LeakyReLU(0.2))
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, stride=1, padding=1))
 
     def forward(self, degraded: Tensor, candidate: Tensor) -> Tensor:
         """Scores of the candidates, which are restored or original."""
         check_images(degraded, "the discriminator")
         check_images(candidate, "the discriminator")
-        return self.layers(torch.cat([degraded, candidate], 1))  # (N, 6, 256, 256) to (N, 1, 30, 30)
+        seen = degraded if self.plain else 10 * (candidate - degraded)
+        return self.layers(torch.cat([seen, candidate], 1))  # (N, 6, 256, 256) to (N, 1, 30, 30)
 
 
 def build_generator(settings: Settings) -> UNetGenerator:
@@ -1573,7 +1596,7 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
     """A new discriminator, its weights drawn from the settings' seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(settings.seed, "discriminator"))
-        return PatchGANDiscriminator(settings.discriminator_width)
+        return PatchGANDiscriminator(settings.discriminator_width, settings.plain)
 
 
 # ======================================================================================================================

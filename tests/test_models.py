@@ -68,20 +68,46 @@ def test_the_color_head_can_undo_the_color_damage_exactly_and_starts_as_the_iden
     head = ru.ColorHead(4)
     assert torch.allclose(head(faded), faded, atol=1e-6)
     with torch.no_grad():
-        head.gains[-1].bias.copy_(torch.atanh(-torch.tensor([v, s]).log() / 2) / 2.5)
+        head.gains[-1].bias[:2] = torch.atanh(-torch.tensor([v, s]).log() / 2) / 2.5
     assert torch.allclose(head(faded), original, atol=1e-5)
+    with torch.no_grad():
+        head.gains[-1].bias[2] = -5.0  # surely not faded
+    assert torch.allclose(head(faded), faded, atol=1e-6)
     hsv = [colorsys.rgb_to_hsv(*image[:, 0, 0].tolist()) for image in (unit[0], (faded[0] + 1) / 2)]
     assert [b / a for a, b in zip(*hsv)] == pytest.approx([1, 0.5, 0.8], abs=1e-5)  # that was the damage
 
 
+def test_the_color_head_decides_by_quantiles_of_value_and_saturation_only():
+    torch.manual_seed(0)
+    head, image = ru.ColorHead(), torch.rand(1, 3, 256, 256) * 2 - 1
+    with torch.no_grad():
+        head.gains[-1].weight.normal_()
+    assert not torch.allclose(head(image), image, atol=1e-2)
+    flipped = head(image.flip(-1, -2)).flip(-1, -2)
+    assert torch.allclose(head(image), flipped, atol=1e-5)  # where things are does not matter
+    swapped = head(image[:, [2, 0, 1]])[:, [1, 2, 0]]
+    assert torch.allclose(head(image), swapped, atol=1e-5)  # nor which hue they have
+
+
 def test_the_grain_head_starts_at_zero_and_cannot_tint_or_brighten():
     head, flat = ru.GrainHead(4), torch.rand(1, 3, 1, 1).expand(1, 3, 256, 256)
-    image = torch.rand(1, 3, 256, 256) * 2 - 1
+    image = torch.rand(1, 3, 256, 256) - 0.5
     assert head(image).abs().max() == 0
     with torch.no_grad():
         head.noise.weight.normal_()
     assert torch.allclose(head(flat), torch.zeros_like(flat), atol=1e-4) and head(image).abs().max() > 0.1
     assert torch.allclose(head(image), head(image + 0.3), atol=1e-3)
+    assert torch.allclose(head(image) / 2, head(image / 2), atol=1e-3)  # half the noise: half of it is taken away
+
+
+def test_the_noise_level_is_that_of_the_flattest_parts():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.linspace(-0.8, 0.8, 256)
+    scene = (x[:, None] + torch.where(x > 0, torch.sin(900 * x) / 5, 0.0)).expand(2, 3, 256, 256)  # right half: texture
+    sigma = torch.tensor([0.02, 0.1]).view(2, 1, 1, 1)
+    level = ru.noise_level(scene + sigma * torch.randn(2, 3, 256, 256, generator=generator))
+    assert level.flatten().tolist() == pytest.approx([0.02, 0.1], rel=0.1)
+    assert ru.noise_level(torch.zeros(1, 3, 256, 256)) == 0
 
 
 def test_the_plain_generator_is_the_recipe_as_commonly_written():
@@ -134,8 +160,10 @@ def test_other_shapes_are_refused_by_the_networks_themselves(shape):
             ru.build_discriminator(TINY)(*pair)
 
 
-def test_discriminator_gives_30_x_30_scores_of_70_x_70_px_and_sees_both_images():
-    discriminator = ru.build_discriminator(TINY).eval()
+@pytest.mark.parametrize("plain", [False, True])
+def test_discriminator_gives_30_x_30_scores_of_70_x_70_px_and_sees_both_images(plain):
+    discriminator = ru.PatchGANDiscriminator(2, plain).eval()
+    assert any(isinstance(m, nn.BatchNorm2d) for m in discriminator.modules()) == plain
     images = [torch.rand(1, 3, 256, 256, requires_grad=True) for _ in range(2)]
     scores = discriminator(*images)
     assert scores.shape == (1, 1, 30, 30)
@@ -143,6 +171,15 @@ def test_discriminator_gives_30_x_30_scores_of_70_x_70_px_and_sees_both_images()
     for image in images:
         rows, columns = torch.nonzero(image.grad[0].abs().sum(0), as_tuple=True)
         assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (70, 70)
+
+
+def test_the_discriminator_sees_what_was_changed_magnified():
+    discriminator, degraded = ru.PatchGANDiscriminator(2), torch.rand(1, 3, 256, 256) - 0.5
+    seen = []
+    discriminator.layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
+    discriminator(degraded, degraded + 0.01)
+    assert torch.allclose(seen[0][:, :3], torch.full_like(degraded, 0.1), atol=1e-5)
+    assert torch.allclose(seen[0][:, 3:], degraded + 0.01)
 
 
 def test_building_is_seeded_and_leaves_the_global_random_state_alone():

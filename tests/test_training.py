@@ -85,10 +85,10 @@ def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch)
     assert same(before, generator.state_dict()) and all(p.grad is None for p in generator.parameters())
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminator_alone(batch, weight):
+@pytest.mark.parametrize(("weight", "plain"), [(0.0, False), (0.5, False), (0.5, True)])
+def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminator_alone(batch, weight, plain):
     settings = dataclasses.replace(TINY, parts_weight=weight)
-    generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
+    generator, discriminator = ru.build_generator(settings), ru.PatchGANDiscriminator(2, plain)  # plain: batch norm
     reference = copy.deepcopy(generator)
     before = copy.deepcopy(discriminator.state_dict())
     restoration = reference.restore(batch[0])
