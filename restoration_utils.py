@@ -123,7 +123,7 @@ PROFILES = {
     "full": Settings(),
     "quick": Settings(
         profile="quick", max_faces=200, portraits=200, portrait_size=512, width=16, discriminator_width=16,
-        full_resolution_channels=16, pretrain_epochs=12, gan_epochs=4, checkpoint_every=2,
+        full_resolution_channels=16, gan_epochs=4, checkpoint_every=2,
     ),
     "smoke": Settings(
         profile="smoke", max_faces=12, portraits=12, portrait_size=128, width=4, discriminator_width=4,
@@ -1428,7 +1428,7 @@ class GrainHead(nn.Module):
 
 
 class HoleHead(nn.Module):
-    """Detects holes by what they are made of: nothing in a photograph is as flat, as white, as black or as noisy.
+    """Detects holes by what they are made of: nothing in a photograph is as flat, as white, as black or as colourful.
 
     These are given to it as pictures, and dilated convolutions (Yu and Koltun 2016) at half the size look up to 30 px
     far for edges and corners. A U-Net sees the same, but takes thousands of steps to find out what to look for.
@@ -1436,7 +1436,7 @@ class HoleHead(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3 + 3 + 2, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(3 + 3 + 3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for reach in (1, 2, 4, 8):
             layers += [nn.Conv2d(channels, channels, 3, padding=reach, dilation=reach), nn.LeakyReLU(0.2)]
         self.features = nn.Sequential(*layers)
@@ -1446,11 +1446,31 @@ class HoleHead(nn.Module):
 
     def forward(self, degraded: Tensor) -> Tensor:
         """Logits of the probability that a pixel was covered, (N, 1, 256, 256)."""
-        flat = 1 - 20 * local_mean((degraded - local_mean(degraded)).abs())
+        detail = degraded - local_mean(degraded)
+        flat = 1 - 20 * local_mean(detail.abs())
         white, black = degraded.amin(1, keepdim=True) - 0.9, -degraded.amax(1, keepdim=True) - 0.9
-        clues = torch.cat([flat, 10 * white, 10 * black], 1).clamp(-1, 1)  # (N, 5, 256, 256)
+        speckle = local_mean((detail - detail.mean(1, keepdim=True)).abs()).mean(1, keepdim=True)  # hair has one colour
+        clues = torch.cat([flat, 10 * white, 10 * black, 10 * speckle - 1], 1).clamp(-1, 1)  # (N, 6, 256, 256)
         features = self.features(torch.cat([degraded, clues], 1))  # (N, C, 128, 128)
         return 3 * F.pixel_shuffle(self.hole(features), 2)  # 3: learns fast
+
+
+def fill_from_around(images: Tensor, known: Tensor) -> Tensor:
+    """Spreads what is known into what is not, smoothly, whatever its size (pull-push: Gortler et al. 1996).
+
+    Averages of the known pixels are taken on a pyramid down to one pixel; on the way back up, every pixel keeps its
+    own value as far as it is known, (N, 1, 256, 256) in [0, 1], and takes the rest from the coarser level.
+    """
+    levels = [(images * known, known)]
+    while levels[-1][1].shape[-1] > 1:
+        values, weight = (F.avg_pool2d(part, 2) for part in levels[-1])
+        trusted = (4 * weight).clamp(max=1)  # one known pixel of four is enough: nothing nearer is to be had
+        levels.append((values / weight.clamp(min=1e-6) * trusted, trusted))
+    spread = levels[-1][0] / levels[-1][1].clamp(min=1e-6)  # (N, 3, 1, 1)
+    for values, weight in reversed(levels[:-1]):
+        coarser = F.interpolate(spread, scale_factor=2.0, mode="bilinear", align_corners=False)
+        spread = values + (1 - weight) * coarser
+    return spread  # (N, 3, 256, 256)
 
 
 class Restoration(NamedTuple):
@@ -1466,9 +1486,9 @@ class OutputLayer(nn.Module):
     """Brings 128 x 128 features to the 256 x 256 image, with the degraded input itself as one more skip.
 
     Restored means: keep what is good. So the layer starts close to the identity on its input and learns to
-    depart from it: mended colours of the whole image, less grain, a correction of every pixel, and a picture painted
-    through Tanh into the holes that it detects. The others go through Tanh as well, so the output lies in [-1, 1]
-    whatever the weights.
+    depart from it: less grain, mended colours of the whole image, and a correction of every pixel. Into the holes that
+    it detects goes what is around them, and a correction of its own. Corrections are added inside Tanh, so the output
+    lies in [-1, 1] whatever the weights.
     """
 
     def __init__(self, inputs: int, channels: int) -> None:
@@ -1478,19 +1498,22 @@ class OutputLayer(nn.Module):
         self.parts = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, fill, hole
         self.recolor, self.grain, self.detect = ColorHead(), GrainHead(channels), HoleHead(channels)
         with torch.no_grad():
-            self.parts.weight[:3] *= 0.1
+            self.parts.weight[:6] *= 0.1
             self.parts.bias.zero_()
 
     def forward(self, features: Tensor, degraded: Tensor) -> Restoration:
         """From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input."""
         upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
         mixed = F.relu(self.mix(torch.cat([upsampled, degraded], 1)))  # (N, C, 256, 256)
-        correction, fill, hole = self.parts(torch.cat([mixed, degraded], 1)).split([3, 3, 1], 1)
+        correction, repaint, hole = self.parts(torch.cat([mixed, degraded], 1)).split([3, 3, 1], 1)
         recolored = self.recolor(degraded - self.grain(degraded))  # (N, 3, 256, 256)
+        hole = hole + self.detect(degraded)
+        covered = torch.sigmoid(hole)
+        around = fill_from_around(recolored, (1 - covered.detach()) ** 4)  # what may be hole does not count as known
         limit = 1 - 1 / 255  # half an 8-bit step inside Tanh's open range
         kept = torch.tanh(torch.atanh(recolored.clamp(-limit, limit)) + correction)
-        hole, fill = hole + self.detect(degraded), torch.tanh(fill)
-        return Restoration(kept + torch.sigmoid(hole) * (fill - kept), recolored, hole, fill)
+        fill = torch.tanh(torch.atanh(around.clamp(-limit, limit)) + repaint)
+        return Restoration(kept + covered * (fill - kept), recolored, hole, fill)
 
 
 class PlainOutput(nn.Sequential):

@@ -150,6 +150,20 @@ def test_the_hole_head_starts_with_rare_holes_and_can_see_flat_white_black_and_n
             assert change[110:130, 110:130].mean() > 0.01 and change[:40, :40].max() < 1e-4  # there, and not far away
 
 
+def test_filling_from_around_keeps_what_is_known_and_spreads_it_into_holes():
+    image, known = torch.rand(2, 3, 256, 256) * 2 - 1, torch.ones(2, 1, 256, 256)
+    assert torch.equal(ru.fill_from_around(image, known), image)
+    known[:, :, 90:170, 60:150] = 0
+    covered = torch.where(known > 0, image, torch.tensor(5.0))
+    filled = ru.fill_from_around(covered, known)
+    assert torch.allclose(filled, torch.where(known > 0, image, filled)) and filled.abs().max() <= 1
+    x = torch.linspace(-1, 1, 256)
+    ramp = (x + x[:, None]).div(2).expand(1, 3, 256, 256)
+    filled = ru.fill_from_around(ramp * known[:1], known[:1])
+    assert (filled - ramp).abs().max() < 0.2  # a slope goes on across the hole, which covers a range of 0.66
+    assert ru.fill_from_around(image, torch.zeros_like(known)).abs().max() == 0  # nothing known at all: grey
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 128, 128), (1, 3, 256, 255), (1, 1, 256, 256), (3, 256, 256)])
 def test_other_shapes_are_refused_by_the_networks_themselves(shape):
     wrong, right = torch.zeros(shape), torch.zeros(1, 3, 256, 256)

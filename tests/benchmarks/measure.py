@@ -190,10 +190,13 @@ def grey(images: Tensor) -> Tensor:
 
 
 def sharpness_ratio(images: Tensor, originals: Tensor) -> float:
-    """Variance of the Laplacian over that of the original, the median over images; 1 is right, less is blurred."""
+    """Variance of the Laplacian over that of the original, the median over images; 1 is right, less is blurred.
+
+    One squared grey level is added to both: where there is nothing at all, a ratio means nothing.
+    """
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).double().view(1, 1, 3, 3)
     variances = [F.conv2d(grey(x).unsqueeze(1), kernel).var((1, 2, 3)) for x in (images, originals)]
-    return (variances[0] / variances[1]).median().item()
+    return ((variances[0] + 1) / (variances[1] + 1)).median().item()
 
 
 def radial_spectrum(images: Tensor) -> Tensor:
@@ -220,7 +223,7 @@ def with_detail(images: Tensor) -> Tensor:
 
 
 def train_classifier(fake: Tensor, real: Tensor, steps: int, seed: int) -> nn.Module:
-    """A small network whose mean logit over a crop of `with_detail` images says: this is an original."""
+    """A small network whose mean logit over a crop of `with_detail` images says: this is from an original."""
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -229,11 +232,12 @@ def train_classifier(fake: Tensor, real: Tensor, steps: int, seed: int) -> nn.Mo
             layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.2)]
         network = nn.Sequential(*layers, nn.Conv2d(64, 1, 3, padding=1))
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-    labels = torch.arange(2).repeat_interleave(8).float()
+    labels = torch.arange(2).repeat_interleave(16).float()
     for _ in range(steps):
-        chosen = rng.integers(len(fake), size=8)
-        y, x = rng.integers(fake.shape[-1] - CROP + 1, size=2)
-        crops = torch.cat([images[chosen, :, y : y + CROP, x : x + CROP] for images in (fake, real)])
+        chosen = rng.integers(len(fake), size=16)
+        crops = torch.cat([images[chosen] for images in (fake, real)])
+        if rng.random() < 0.5:
+            crops = crops.flip(-1)
         loss = F.binary_cross_entropy_with_logits(network(with_detail(crops)).mean((1, 2, 3)), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -244,31 +248,45 @@ def train_classifier(fake: Tensor, real: Tensor, steps: int, seed: int) -> nn.Mo
 def classifier_accuracy(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], steps: int = 300, seeds: Sequence[int] = (0, 1)
 ) -> float:
-    """How well small networks, trained on crops of some faces, tell crops of (images, originals) of other faces apart.
+    """How well small networks, trained on some faces, tell (images, originals) of other faces apart.
 
-    A classifier two-sample test (Lopez-Paz and Oquab 2017): the balanced accuracy on all crops of 64 px of the held-out
-    faces, mean over networks. 0.5 means that they cannot tell, which is right; 1 that they always can.
+    A classifier two-sample test (Lopez-Paz and Oquab 2017): the balanced accuracy on the held-out faces, mean over
+    networks. 0.5 means that they cannot tell, which is right; 1 that they always can.
     """
     accuracies = []
     for seed in seeds:
         network = train_classifier(*train, steps, seed)
         with torch.no_grad():
-            crops = [images.unfold(2, CROP, CROP).unfold(3, CROP, CROP).permute(0, 2, 3, 1, 4, 5) for images in test]
-            fake, real = (network(with_detail(c.flatten(0, 2))).mean((1, 2, 3)) for c in crops)
+            fake, real = (network(with_detail(images)).mean((1, 2, 3)) for images in test)
         accuracies += [(fake < 0).double().mean().item(), (real > 0).double().mean().item()]
     return float(np.mean(accuracies))
 
 
-def collect(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], run: ru.Run) -> dict[str, Tensor]:
-    """All images of the pairs by method: `original`, `degraded` and the generators' by name, on the CPU."""
+def damaged_crops(images: Mapping[str, Tensor], hole: Tensor) -> dict[str, Tensor]:
+    """Squares of 64 px, side by side, of all images by method; of images with holes those that a hole covers by a
+    twentieth or more. Elsewhere there is nothing to judge."""
+    parts = {}
+    for name, whole in {**images, "hole": hole}.items():
+        squares = whole.unfold(2, CROP, CROP).unfold(3, CROP, CROP)  # (N, C, H / 64, W / 64, 64, 64)
+        parts[name] = squares.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    covered = parts.pop("hole").mean((1, 2, 3)) >= 0.05
+    return {name: crops[covered] if hole.any() else crops for name, crops in parts.items()}
+
+
+def collect(
+    generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], run: ru.Run
+) -> tuple[dict[str, Tensor], Tensor]:
+    """All images of the pairs by method (`original`, `degraded` and the generators' by name), and the holes."""
     images: dict[str, list[Tensor]] = {}
-    for degraded, original, _ in ru.make_loader(pairs, run.settings.pretrain_batch, run.settings, run.device):
+    for degraded, original, info in ru.make_loader(pairs, run.settings.pretrain_batch, run.settings, run.device):
         images.setdefault("original", []).append(original)
         images.setdefault("degraded", []).append(degraded)
+        images.setdefault("hole", []).append(info["hole"])
         for name, generator in generators.items():
             with ru.evaluating(generator):
                 images.setdefault(name, []).append(generator(degraded.to(run.device)).cpu())
-    return {name: torch.cat(parts) for name, parts in images.items()}
+    whole = {name: torch.cat(parts) for name, parts in images.items()}
+    return whole, whole.pop("hole")
 
 
 def realism(
@@ -276,12 +294,13 @@ def realism(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """By kind and method: sharpness ratio, spectrum distance and the classifier's accuracy, on the pairs of `test`.
 
-    The classifier is trained on up to `faces` faces of `train`.
+    Measured on `damaged_crops`. The classifier is trained on up to `faces` faces of `train`.
     """
     result: dict[str, dict[str, dict[str, float]]] = {}
     for kind in ru.KINDS:
-        known = collect(generators, [pair for pair in train if pair.kind == kind][:faces], run)
-        unseen = collect(generators, [pair for pair in test if pair.kind == kind], run)
+        known = damaged_crops(*collect(generators, [pair for pair in train if pair.kind == kind][:faces], run))
+        whole, hole = collect(generators, [pair for pair in test if pair.kind == kind], run)
+        unseen = damaged_crops(whole, hole)
         for method in ("degraded", *generators):
             images, originals = unseen[method], unseen["original"]
             result.setdefault(kind, {})[method] = {
@@ -289,7 +308,7 @@ def realism(
                 "spectrum_db": spectrum_distance(images, originals),
                 "accuracy": classifier_accuracy((known[method], known["original"]), (images, originals)),
             }
-            perceptual = lpips(images, originals)
+            perceptual = lpips(whole[method], whole["original"])
             if perceptual is not None:
                 result[kind][method]["lpips"] = perceptual
     return result
