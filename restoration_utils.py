@@ -1374,13 +1374,14 @@ class ColorHead(nn.Module):
     def forward(self, degraded: Tensor) -> Tensor:
         """The recoloured image, not clipped: (N, 3, 256, 256), 0 is half grey."""
         rgb = (degraded + 1) / 2
-        small = F.avg_pool2d(rgb, 4)  # (N, 3, 64, 64)
+        small = F.avg_pool2d(rgb, 4).clamp(0, 1)  # (N, 3, 64, 64)
         high, low = small.amax(1), small.amin(1)
         maps = torch.stack([high, (high - low) / (high + 0.05)], 1).flatten(2)  # (N, 2, 4096)
         quantiles = maps.quantile(maps.new_tensor(self.QUANTILES), dim=2)  # (9, N, 2)
         gains = self.gains(4 * quantiles.permute(1, 2, 0).flatten(1) - 2)  # (N, 3)
-        gains, faded = 2 * torch.tanh(2.5 * gains[:, :2]), 2 * torch.sigmoid(6 * gains[:, 2:])
-        brightness, saturation = (faded * gains).exp()[:, :, None, None, None].unbind(1)  # slopes above: learn fast
+        gains, faded = 2 * torch.tanh(2.5 * gains[:, :2]), 2 * torch.sigmoid(6 * gains[:, 2:])  # slopes: learn fast
+        logarithms = (faded * gains).clamp(-2, 2)  # up to a factor of 7; the damage divides by no more than 3.3
+        brightness, saturation = logarithms.exp()[:, :, None, None, None].unbind(1)
         value = rgb.amax(1, keepdim=True)
         return 2 * brightness * (value + saturation * (rgb - value)) - 1  # (N, 3, 256, 256)
 
@@ -1397,19 +1398,20 @@ def local_mean(images: Tensor) -> Tensor:
 def noise_level(images: Tensor) -> Tensor:
     """Standard deviation of the detail in the flattest tenth of a picture, in the units of `images`: (N, 1, 1, 1).
 
-    Where a photograph shows nothing, what is left is its noise (as in Immerkaer 1996, but in blocks of 16 px).
+    Where a photograph shows nothing, what is left is its noise (as in Immerkaer 1996, but in blocks of 16 px). Blocks
+    without even half an 8-bit step of it are a border or a hole and do not count; with nothing else the level is 0.
     """
     detail = images - local_mean(images)
-    blocks = F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).sqrt()  # (N, 256)
-    return blocks.quantile(0.1, dim=1)[:, None, None, None]
+    blocks = F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).clamp(min=1e-12).sqrt()  # (N, 256)
+    level = blocks.where(blocks > 0.5 / 127.5, torch.nan).nanquantile(0.1, dim=1)
+    return level.nan_to_num(0.0)[:, None, None, None]
 
 
 class GrainHead(nn.Module):
     """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN).
 
     It sees the image minus its local mean, in units of the image's own noise level: what it learns for one amount of
-    noise holds for another, and it hardly touches a picture without. It can take away grain, but neither tint nor
-    brighten, which is the colour head's task. Starts at zero everywhere.
+    noise holds for another, and it hardly touches a picture without. Starts at zero everywhere.
     """
 
     def __init__(self, channels: int) -> None:
@@ -1477,7 +1479,7 @@ class Restoration(NamedTuple):
     """What the generator thinks: `restored` is its output, the others are the parts that training supervises."""
 
     restored: Tensor  # (N, 3, 256, 256) in [-1, 1]
-    recolored: Tensor | None = None  # (N, 3, 256, 256), the input with its colours mended, not clipped
+    recolored: Tensor | None = None  # (N, 3, 256, 256), the input without grain, its colours mended, not clipped
     hole: Tensor | None = None  # (N, 1, 256, 256), logits of the probability that a pixel was covered
     fill: Tensor | None = None  # (N, 3, 256, 256) in [-1, 1], what to paint there
 
@@ -1495,7 +1497,7 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.upsample = nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1)
         self.mix = nn.Conv2d(channels + 3, channels, 3, padding=1)
-        self.parts = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, fill, hole
+        self.parts = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, repaint, hole
         self.recolor, self.grain, self.detect = ColorHead(), GrainHead(channels), HoleHead(channels)
         with torch.no_grad():
             self.parts.weight[:6] *= 0.1
@@ -1509,7 +1511,8 @@ class OutputLayer(nn.Module):
         recolored = self.recolor(degraded - self.grain(degraded))  # (N, 3, 256, 256)
         hole = hole + self.detect(degraded)
         covered = torch.sigmoid(hole)
-        around = fill_from_around(recolored, (1 - covered.detach()) ** 4)  # what may be hole does not count as known
+        known = (1 - 2 * covered.detach()).clamp(min=0)  # what is rather hole than not is no source to fill from
+        around = fill_from_around(recolored, known)  # (N, 3, 256, 256)
         limit = 1 - 1 / 255  # half an 8-bit step inside Tanh's open range
         kept = torch.tanh(torch.atanh(recolored.clamp(-limit, limit)) + correction)
         fill = torch.tanh(torch.atanh(around.clamp(-limit, limit)) + repaint)
@@ -1626,7 +1629,7 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
 # Checkpoints
 # ======================================================================================================================
 
-CHECKPOINT_FORMAT = "face-restoration-1"
+CHECKPOINT_FORMAT = "face-restoration-2"
 _MAY_CHANGE = {"pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "sample_every", "sample_faces"}
 _GAN_ONLY = {
     "gan_batch", "generator_lr", "discriminator_lr", "gan_betas", "gan_lr_step", "l1_weight", "discriminator_width",

@@ -83,22 +83,47 @@ def test_the_radial_spectrum_finds_a_waves_frequency():
     assert measure.radial_spectrum(wave).argmax().item() + 1 == 20
 
 
+def crops(images, weight=None):
+    return measure.Crops(images, torch.ones_like(images[:, :1]) if weight is None else weight)
+
+
 def test_the_classifier_cannot_tell_equals_and_can_tell_noise():
     images = [smooth(96, seed=seed)[:, :, :64, :64] for seed in range(4)]
-    same = measure.classifier_accuracy((images[0], images[1]), (images[2], images[3]), steps=60, seeds=(0,))
-    noisy = [x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) for x in images]
-    different = measure.classifier_accuracy((noisy[0], images[1]), (noisy[2], images[3]), steps=60, seeds=(0,))
-    assert 0.35 < same < 0.65 and different > 0.95
+    same = [crops(x) for x in images]
+    noisy = [crops(x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))) for x in images]
+    accuracy = measure.classifier_accuracy((same[0], same[1]), (same[2], same[3]), steps=60, seeds=(0,))
+    assert 0.35 < accuracy < 0.65
+    assert measure.classifier_accuracy((noisy[0], same[1]), (noisy[2], same[3]), steps=60, seeds=(0,)) > 0.95
+
+
+def test_the_classifier_judges_the_holes():
+    images = [smooth(96, seed=seed)[:, :, :64, :64] for seed in range(2)]
+    originals = [x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) for x in images]
+    hole = torch.zeros(96, 1, 64, 64)
+    hole[:, :, 20:36, 30:46] = 1  # a sixteenth of the crop, filled without any grain
+    parts = [(crops(torch.where(hole > 0, x, o), hole), crops(o, hole)) for x, o in zip(images, originals)]
+    assert measure.classifier_accuracy(*parts, steps=150, seeds=(0,)) > 0.9
 
 
 def test_crops_are_those_that_a_hole_touches_and_all_where_there_is_none():
     image = torch.arange(4 * 256 * 256).float().view(1, 4, 256, 256)[:, :3]
     hole = torch.zeros(1, 1, 256, 256)
     everything = measure.damaged_crops({"x": image}, hole)["x"]
-    assert everything.shape == (16, 3, 64, 64) and torch.equal(everything[5], image[0, :, 64:128, 64:128])
+    assert everything.images.shape == (16, 3, 64, 64) and everything.weight.min() == 1
+    assert torch.equal(everything.images[5], image[0, :, 64:128, 64:128])
     hole[:, :, 70:110, 60:110] = 1  # of the crop to the left it covers less than a twentieth
     touched = measure.damaged_crops({"x": image, "y": -image}, hole)
-    assert torch.equal(touched["x"], everything[5:6]) and torch.equal(touched["y"], -everything[5:6])
+    assert torch.equal(touched["x"].images, everything.images[5:6])
+    assert torch.equal(touched["y"].images, -everything.images[5:6])
+    assert touched["x"].weight.sum() == 40 * 46
+
+
+def test_the_realism_table_has_every_kind_and_method(run, pairs):
+    table = measure.realism({"nothing": torch.nn.Identity()}, pairs[:6], pairs[6:9], run)
+    assert list(table) == list(ru.KINDS)
+    for cells in table.values():
+        assert cells["nothing"] == pytest.approx(cells["degraded"], abs=1e-6)  # doing nothing is doing nothing
+        assert all(np.isfinite(list(cell.values())).all() for cell in cells.values())
 
 
 def test_measuring_has_every_method_and_summarises_paired_gains(run, pairs):

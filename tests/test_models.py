@@ -2,6 +2,7 @@
 
 import colorsys
 import dataclasses
+import math
 
 import cv2
 import numpy as np
@@ -89,7 +90,7 @@ def test_the_color_head_decides_by_quantiles_of_value_and_saturation_only():
     assert torch.allclose(head(image), swapped, atol=1e-5)  # nor which hue they have
 
 
-def test_the_grain_head_starts_at_zero_and_cannot_tint_or_brighten():
+def test_the_grain_head_starts_at_zero_leaves_flat_pictures_alone_and_scales_with_the_noise():
     head, flat = ru.GrainHead(4), torch.rand(1, 3, 1, 1).expand(1, 3, 256, 256)
     image = torch.rand(1, 3, 256, 256) - 0.5
     assert head(image).abs().max() == 0
@@ -108,6 +109,47 @@ def test_the_noise_level_is_that_of_the_flattest_parts():
     level = ru.noise_level(scene + sigma * torch.randn(2, 3, 256, 256, generator=generator))
     assert level.flatten().tolist() == pytest.approx([0.02, 0.1], rel=0.1)
     assert ru.noise_level(torch.zeros(1, 3, 256, 256)) == 0
+    noisy = 0.1 * torch.randn(1, 3, 256, 256, generator=generator)
+    noisy[:, :, :64], noisy[:, :, :, :64] = -1, 0.5  # a black bar and a grey one, as in scans
+    assert ru.noise_level(noisy).item() == pytest.approx(0.1, rel=0.1)
+    black = torch.zeros(1, 3, 256, 256, requires_grad=True)
+    ru.noise_level(black).sum().backward()
+    assert torch.isfinite(black.grad).all()
+
+
+def output_layer_with(grain=0.0, hole=-20.0, brightness=0.0):
+    """An output layer whose heads say what they are told to, and whose U-Net says nothing."""
+    layer = ru.OutputLayer(4, 4)
+    with torch.no_grad():
+        layer.parts.weight.zero_()
+        layer.recolor.gains[-1].bias[0] = brightness
+    layer.grain.forward = lambda degraded: torch.full_like(degraded, grain)
+    layer.detect.forward = lambda degraded: hole * torch.ones_like(degraded[:, :1])
+    return layer
+
+
+def test_the_output_layer_denoises_then_recolours_then_fills_holes_from_around():
+    features, degraded = torch.zeros(1, 4, 128, 128), torch.rand(1, 3, 256, 256) - 0.5
+    same = output_layer_with()(features, degraded)
+    assert torch.allclose(same.restored, degraded, atol=1e-5)
+    darker = output_layer_with(grain=0.2)(features, degraded)
+    assert torch.allclose(darker.restored, degraded - 0.2, atol=1e-5)
+    both = output_layer_with(grain=0.2, brightness=-0.1)(features, degraded)
+    factor = math.exp(2 * math.tanh(2.5 * -0.1))
+    assert torch.allclose(both.restored, factor * (degraded - 0.2 + 1) - 1, atol=1e-5)
+    hole = torch.full((1, 1, 256, 256), -20.0)
+    hole[:, :, 100:140, 90:150] = 20.0
+    grey = torch.where(hole > 0, 1.0, 0.3).expand(1, 3, 256, 256)
+    filled = output_layer_with(hole=hole)(features, grey)
+    assert torch.allclose(filled.restored, torch.full_like(grey, 0.3), atol=1e-4)
+    unsure = output_layer_with(hole=hole.clamp(-20, 0.1))(features, grey)  # even then, a hole is not filled with itself
+    assert torch.allclose(unsure.fill, torch.full_like(grey, 0.3), atol=1e-4)
+
+
+def test_what_is_painted_into_holes_does_not_teach_the_detector():
+    restoration = ru.build_generator(TINY).restore(torch.rand(1, 3, 256, 256) - 0.5)
+    (gradient,) = torch.autograd.grad(restoration.fill.sum(), restoration.hole, allow_unused=True)
+    assert gradient is None
 
 
 def test_the_plain_generator_is_the_recipe_as_commonly_written():
@@ -161,6 +203,9 @@ def test_filling_from_around_keeps_what_is_known_and_spreads_it_into_holes():
     ramp = (x + x[:, None]).div(2).expand(1, 3, 256, 256)
     filled = ru.fill_from_around(ramp * known[:1], known[:1])
     assert (filled - ramp).abs().max() < 0.2  # a slope goes on across the hole, which covers a range of 0.66
+    step = (known[:1, :, :, :1] * 0 + torch.where(x > -0.2, 1.0, -1.0)).expand(1, 3, 256, 256)
+    filled = ru.fill_from_around(step * known[:1], known[:1])
+    assert filled[0, 0, 130, 61] < -0.9 and filled[0, 0, 130, 148] > 0.9  # what is near counts, not the mean of all
     assert ru.fill_from_around(image, torch.zeros_like(known)).abs().max() == 0  # nothing known at all: grey
 
 

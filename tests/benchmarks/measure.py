@@ -4,9 +4,9 @@ Notebook 06 uses the functions; the command line measures the weights in an outp
 
     python tests/benchmarks/measure.py [OUTPUT_DIR]
 
-Everything is measured at 256 px on clipped 8-bit RGB values, on validation faces that no stage has trained on. The
-classical alternatives work on the same 256 px images as the network. Non-local means gets its best strength, found on
-training faces; the inpainting methods get the true mask, which the network does not.
+Everything is measured at 256 px on clipped 8-bit RGB values, on validation faces that no stage has trained on; realism
+in squares of 64 px. The classical alternatives work on the same 256 px images as the network. Non-local means gets its
+best strength, found on training faces; the inpainting methods get the true mask, which the network does not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -222,8 +223,22 @@ def with_detail(images: Tensor) -> Tensor:
     return torch.cat([images, 10 * (images - ru.local_mean(images))], 1)
 
 
-def train_classifier(fake: Tensor, real: Tensor, steps: int, seed: int) -> nn.Module:
-    """A small network whose mean logit over a crop of `with_detail` images says: this is from an original."""
+class Crops(NamedTuple):
+    """Squares of pictures, (M, 3, 64, 64), and how much of every pixel of them is to be judged, (M, 1, 64, 64)."""
+
+    images: Tensor
+    weight: Tensor
+
+
+def logits_of(network: nn.Module, crops: Crops) -> Tensor:
+    """One logit a crop, (M,): the network's map of them, averaged where there is something to judge."""
+    maps = network(with_detail(crops.images))
+    weight = F.adaptive_avg_pool2d(crops.weight, maps.shape[-2:])
+    return (maps * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))
+
+
+def train_classifier(fake: Crops, real: Crops, steps: int, seed: int) -> nn.Module:
+    """A small network whose mean logit says: this is from an original."""
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -234,11 +249,11 @@ def train_classifier(fake: Tensor, real: Tensor, steps: int, seed: int) -> nn.Mo
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     labels = torch.arange(2).repeat_interleave(16).float()
     for _ in range(steps):
-        chosen = rng.integers(len(fake), size=16)
-        crops = torch.cat([images[chosen] for images in (fake, real)])
+        chosen = rng.integers(len(fake.images), size=16)
+        batch = Crops(*(torch.cat([f[chosen], r[chosen]]) for f, r in zip(fake, real)))
         if rng.random() < 0.5:
-            crops = crops.flip(-1)
-        loss = F.binary_cross_entropy_with_logits(network(with_detail(crops)).mean((1, 2, 3)), labels)
+            batch = Crops(batch.images.flip(-1), batch.weight.flip(-1))
+        loss = F.binary_cross_entropy_with_logits(logits_of(network, batch), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -246,31 +261,37 @@ def train_classifier(fake: Tensor, real: Tensor, steps: int, seed: int) -> nn.Mo
 
 
 def classifier_accuracy(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], steps: int = 300, seeds: Sequence[int] = (0, 1)
+    train: tuple[Crops, Crops], test: tuple[Crops, Crops], steps: int = 300, seeds: Sequence[int] = (0, 1)
 ) -> float:
-    """How well small networks, trained on some faces, tell (images, originals) of other faces apart.
+    """How well small networks, trained on some faces, tell crops of (images, originals) of other faces apart.
 
-    A classifier two-sample test (Lopez-Paz and Oquab 2017): the balanced accuracy on the held-out faces, mean over
+    A classifier two-sample test (Lopez-Paz and Oquab 2017): the balanced accuracy on crops of held-out faces, mean over
     networks. 0.5 means that they cannot tell, which is right; 1 that they always can.
     """
     accuracies = []
     for seed in seeds:
         network = train_classifier(*train, steps, seed)
         with torch.no_grad():
-            fake, real = (network(with_detail(images)).mean((1, 2, 3)) for images in test)
+            fake, real = (logits_of(network, crops) for crops in test)
         accuracies += [(fake < 0).double().mean().item(), (real > 0).double().mean().item()]
     return float(np.mean(accuracies))
 
 
-def damaged_crops(images: Mapping[str, Tensor], hole: Tensor) -> dict[str, Tensor]:
-    """Squares of 64 px, side by side, of all images by method; of images with holes those that a hole covers by a
-    twentieth or more. Elsewhere there is nothing to judge."""
+def damaged_crops(images: Mapping[str, Tensor], hole: Tensor) -> dict[str, Crops]:
+    """Squares of 64 px, side by side, of all images by method.
+
+    Of images with holes those that a hole covers by a twentieth or more, to be judged in the holes. Whether the rest
+    was left alone is not a question of realism; PSNR outside the holes answers it.
+    """
     parts = {}
     for name, whole in {**images, "hole": hole}.items():
         squares = whole.unfold(2, CROP, CROP).unfold(3, CROP, CROP)  # (N, C, H / 64, W / 64, 64, 64)
         parts[name] = squares.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    covered = parts.pop("hole").mean((1, 2, 3)) >= 0.05
-    return {name: crops[covered] if hole.any() else crops for name, crops in parts.items()}
+    weight = parts.pop("hole")
+    if not hole.any():
+        return {name: Crops(crops, torch.ones_like(weight)) for name, crops in parts.items()}
+    covered = weight.mean((1, 2, 3)) >= 0.05
+    return {name: Crops(crops[covered], weight[covered]) for name, crops in parts.items()}
 
 
 def collect(
@@ -284,7 +305,8 @@ def collect(
         images.setdefault("hole", []).append(info["hole"])
         for name, generator in generators.items():
             with ru.evaluating(generator):
-                images.setdefault(name, []).append(generator(degraded.to(run.device)).cpu())
+                restored = ru.to_pixels(generator(degraded.to(run.device))) / 127.5 - 1  # to 8 bits, as the others
+                images.setdefault(name, []).append(restored.cpu())
     whole = {name: torch.cat(parts) for name, parts in images.items()}
     return whole, whole.pop("hole")
 
@@ -294,7 +316,7 @@ def realism(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """By kind and method: sharpness ratio, spectrum distance and the classifier's accuracy, on the pairs of `test`.
 
-    Measured on `damaged_crops`. The classifier is trained on up to `faces` faces of `train`.
+    Measured on `damaged_crops`, but LPIPS on whole images. The classifier is trained on up to `faces` faces of `train`.
     """
     result: dict[str, dict[str, dict[str, float]]] = {}
     for kind in ru.KINDS:
@@ -304,8 +326,8 @@ def realism(
         for method in ("degraded", *generators):
             images, originals = unseen[method], unseen["original"]
             result.setdefault(kind, {})[method] = {
-                "sharpness": sharpness_ratio(images, originals),
-                "spectrum_db": spectrum_distance(images, originals),
+                "sharpness": sharpness_ratio(images.images, originals.images),
+                "spectrum_db": spectrum_distance(images.images, originals.images),
                 "accuracy": classifier_accuracy((known[method], known["original"]), (images, originals)),
             }
             perceptual = lpips(whole[method], whole["original"])
