@@ -1395,13 +1395,17 @@ def local_mean(images: Tensor) -> Tensor:
     return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, groups=images.shape[1])
 
 
-def noise_level(images: Tensor) -> Tensor:
-    """Standard deviation of the detail in the flattest tenth of a picture, in the units of `images`: (N, 1, 1, 1).
+def detail_of(images: Tensor) -> Tensor:
+    """What the images differ from their local mean, of the same shape: grain, texture, edges."""
+    return images - local_mean(images)
+
+
+def noise_level(detail: Tensor) -> Tensor:
+    """Standard deviation of `detail_of` a picture in its flattest tenth, in the same units: (N, 1, 1, 1).
 
     Where a photograph shows nothing, what is left is its noise (as in Immerkaer 1996, but in blocks of 16 px). Blocks
     without even half an 8-bit step of it are a border or a hole and do not count; with nothing else the level is 0.
     """
-    detail = images - local_mean(images)
     blocks = F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).clamp(min=1e-12).sqrt()  # (N, 256)
     level = blocks.where(blocks > 0.5 / 127.5, torch.nan).nanquantile(0.1, dim=1)
     return level.nan_to_num(0.0)[:, None, None, None]
@@ -1423,8 +1427,9 @@ class GrainHead(nn.Module):
 
     def forward(self, degraded: Tensor) -> Tensor:
         """The noise, (N, 3, 256, 256), in the units of `degraded`."""
-        level = noise_level(degraded)  # (N, 1, 1, 1)
-        detail = (degraded - local_mean(degraded)) / level.clamp(min=1 / 127.5)  # at least an 8-bit step
+        detail = detail_of(degraded)  # (N, 3, 256, 256)
+        level = noise_level(detail)  # (N, 1, 1, 1)
+        detail = detail / level.clamp(min=1 / 127.5)  # at least an 8-bit step
         detail = detail.clamp(-6, 6)  # what stands out further is no noise
         return 3 * level * self.noise(torch.cat([self.features(detail), detail], 1))  # 3: learns fast
 
@@ -1448,7 +1453,7 @@ class HoleHead(nn.Module):
 
     def forward(self, degraded: Tensor) -> Tensor:
         """Logits of the probability that a pixel was covered, (N, 1, 256, 256)."""
-        detail = degraded - local_mean(degraded)
+        detail = detail_of(degraded)
         flat = 1 - 20 * local_mean(detail.abs())
         white, black = degraded.amin(1, keepdim=True) - 0.9, -degraded.amax(1, keepdim=True) - 0.9
         speckle = local_mean((detail - detail.mean(1, keepdim=True)).abs()).mean(1, keepdim=True)  # hair has one colour

@@ -106,14 +106,14 @@ def test_the_noise_level_is_that_of_the_flattest_parts():
     x = torch.linspace(-0.8, 0.8, 256)
     scene = (x[:, None] + torch.where(x > 0, torch.sin(900 * x) / 5, 0.0)).expand(2, 3, 256, 256)  # right half: texture
     sigma = torch.tensor([0.02, 0.1]).view(2, 1, 1, 1)
-    level = ru.noise_level(scene + sigma * torch.randn(2, 3, 256, 256, generator=generator))
+    level = ru.noise_level(ru.detail_of(scene + sigma * torch.randn(2, 3, 256, 256, generator=generator)))
     assert level.flatten().tolist() == pytest.approx([0.02, 0.1], rel=0.1)
-    assert ru.noise_level(torch.zeros(1, 3, 256, 256)) == 0
+    assert ru.noise_level(ru.detail_of(torch.zeros(1, 3, 256, 256))) == 0
     noisy = 0.1 * torch.randn(1, 3, 256, 256, generator=generator)
     noisy[:, :, :64], noisy[:, :, :, :64] = -1, 0.5  # a black bar and a grey one, as in scans
-    assert ru.noise_level(noisy).item() == pytest.approx(0.1, rel=0.1)
+    assert ru.noise_level(ru.detail_of(noisy)).item() == pytest.approx(0.1, rel=0.1)
     black = torch.zeros(1, 3, 256, 256, requires_grad=True)
-    ru.noise_level(black).sum().backward()
+    ru.noise_level(ru.detail_of(black)).sum().backward()
     assert torch.isfinite(black.grad).all()
 
 
@@ -192,6 +192,14 @@ def test_the_hole_head_starts_with_rare_holes_and_can_see_flat_white_black_and_n
             assert change[110:130, 110:130].mean() > 0.01 and change[:40, :40].max() < 1e-4  # there, and not far away
 
 
+def test_one_clue_of_the_hole_head_is_colourful_speckle():
+    head, seen = ru.HoleHead(2), []
+    head.features[0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0][:, 8].mean().item()))
+    for channels in (3, 1):  # noise in every channel by itself, and in all alike
+        head((torch.rand(1, channels, 256, 256) - 0.5).expand(1, 3, 256, 256))
+    assert seen[0] > 0.3 and seen[1] == pytest.approx(-1, abs=1e-3)
+
+
 def test_filling_from_around_keeps_what_is_known_and_spreads_it_into_holes():
     image, known = torch.rand(2, 3, 256, 256) * 2 - 1, torch.ones(2, 1, 256, 256)
     assert torch.equal(ru.fill_from_around(image, known), image)
@@ -203,7 +211,7 @@ def test_filling_from_around_keeps_what_is_known_and_spreads_it_into_holes():
     ramp = (x + x[:, None]).div(2).expand(1, 3, 256, 256)
     filled = ru.fill_from_around(ramp * known[:1], known[:1])
     assert (filled - ramp).abs().max() < 0.2  # a slope goes on across the hole, which covers a range of 0.66
-    step = (known[:1, :, :, :1] * 0 + torch.where(x > -0.2, 1.0, -1.0)).expand(1, 3, 256, 256)
+    step = torch.where(x > -0.2, 1.0, -1.0).expand(1, 3, 256, 256)
     filled = ru.fill_from_around(step * known[:1], known[:1])
     assert filled[0, 0, 130, 61] < -0.9 and filled[0, 0, 130, 148] > 0.9  # what is near counts, not the mean of all
     assert ru.fill_from_around(image, torch.zeros_like(known)).abs().max() == 0  # nothing known at all: grey

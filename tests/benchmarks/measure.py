@@ -117,6 +117,15 @@ def region_psnr(images: Tensor, originals: Tensor, hole: Tensor) -> dict[str, Te
     return {f"psnr_{name}": 10 * torch.log10(255**2 / mean) for name, mean in means.items()}
 
 
+def restore_all(generators: Mapping[str, nn.Module], degraded: Tensor, run: ru.Run) -> dict[str, Tensor]:
+    """What each generator makes of a batch, on the CPU."""
+    results = {}
+    for name, generator in generators.items():
+        with ru.evaluating(generator):
+            results[name] = generator(degraded.to(run.device)).cpu()
+    return results
+
+
 def measure(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], strength: float, run: ru.Run) -> list[dict]:
     """One row per image and method: kind, name, method, psnr, ssim, l1; for occluded images also by region.
 
@@ -129,10 +138,7 @@ def measure(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], stren
         chosen = [pair for pair in (*pairs, *clean) if pair.kind == kind]
         classical = classical_methods(kind, strength, run.settings)
         for degraded, original, info in ru.make_loader(chosen, run.settings.pretrain_batch, run.settings, run.device):
-            results = {"degraded": degraded}
-            for name, generator in generators.items():
-                with ru.evaluating(generator):
-                    results[name] = generator(degraded.to(run.device)).cpu()
+            results = {"degraded": degraded} | restore_all(generators, degraded, run)
             for name, method in classical.items():
                 results[name] = to_images([method(*x) for x in zip(to_arrays(degraded), info["hole"][:, 0].numpy())])
             for method, images in results.items():
@@ -220,7 +226,7 @@ def spectrum_distance(images: Tensor, originals: Tensor) -> float:
 
 def with_detail(images: Tensor) -> Tensor:
     """The images and, as three more channels, ten times what they differ from their local mean: grain, edges, seams."""
-    return torch.cat([images, 10 * (images - ru.local_mean(images))], 1)
+    return torch.cat([images, 10 * ru.detail_of(images)], 1)
 
 
 class Crops(NamedTuple):
@@ -300,13 +306,11 @@ def collect(
     """All images of the pairs by method (`original`, `degraded` and the generators' by name), and the holes."""
     images: dict[str, list[Tensor]] = {}
     for degraded, original, info in ru.make_loader(pairs, run.settings.pretrain_batch, run.settings, run.device):
-        images.setdefault("original", []).append(original)
-        images.setdefault("degraded", []).append(degraded)
-        images.setdefault("hole", []).append(info["hole"])
-        for name, generator in generators.items():
-            with ru.evaluating(generator):
-                restored = ru.to_pixels(generator(degraded.to(run.device))) / 127.5 - 1  # to 8 bits, as the others
-                images.setdefault(name, []).append(restored.cpu())
+        batch = {"original": original, "degraded": degraded, "hole": info["hole"]}
+        for name, restored in restore_all(generators, degraded, run).items():
+            batch[name] = ru.to_pixels(restored) / 127.5 - 1  # to 8 bits, as the others
+        for name, part in batch.items():
+            images.setdefault(name, []).append(part)
     whole = {name: torch.cat(parts) for name, parts in images.items()}
     return whole, whole.pop("hole")
 
@@ -384,14 +388,14 @@ def main() -> None:
         os.environ["OUTPUT_DIR"] = sys.argv[1]
     places, device = ru.find_places(), ru.choose_device()
     final = places.outputs / "face_restoration_generator_final.pth"
-    saved = ru.load_checkpoint(final)["settings"]
+    content = ru.load_checkpoint(final)
     fields = {field.name for field in dataclasses.fields(ru.Settings)}
-    settings = ru.Settings(**{name: value for name, value in saved.items() if name in fields})
+    settings = ru.Settings(**{name: value for name, value in content["settings"].items() if name in fields})
     faces = ru.find_faces(settings, places)
     pairs = ru.prepare_pairs(faces, places, settings)
     splits = ru.split_pairs(pairs, settings)
     run = ru.Run(settings, places, device, ru.faces_id(pairs))
-    ru.check_same_run(final, ru.load_checkpoint(final), run)
+    ru.check_same_run(final, content, run)
     generators = load_generators(run)
     strength = tune_non_local_means(splits.pretrain_train, settings)
     size = ru.read_image(faces.files[0]).shape
