@@ -167,7 +167,7 @@ def test_the_plain_generator_is_the_recipe_as_commonly_written():
 def test_plain_is_a_setting_of_every_profile():
     for name, profile in ru.PROFILES.items():
         plain = ru.choose_settings(torch.device("cpu"), {"RESTORATION_PROFILE": name, "RESTORATION_PLAIN": "1"})
-        assert plain == dataclasses.replace(profile, plain=True, parts_weight=0.0, ema=0.0, fresh=0.0)
+        assert plain == dataclasses.replace(profile, plain=True, parts_weight=0.0, ema=0.0, fresh=0.0, shift=0)
     assert not any(profile.plain for profile in ru.PROFILES.values())
 
 
@@ -240,13 +240,15 @@ def test_discriminator_gives_30_x_30_scores_of_70_x_70_px_and_sees_both_images(p
         assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (70, 70)
 
 
-def test_the_discriminator_sees_what_was_changed_magnified():
+def test_the_discriminator_sees_what_was_changed_magnified_but_not_the_rounding_of_a_file():
     discriminator, degraded = ru.PatchGANDiscriminator(2), torch.rand(1, 3, 256, 256) - 0.5
     seen = []
     discriminator.layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
-    discriminator(degraded, degraded + 0.01)
-    assert torch.allclose(seen[0][:, :3], torch.full_like(degraded, 0.1), atol=1e-5)
-    assert torch.allclose(seen[0][:, 3:], degraded + 0.01)
+    for levels, change in ((3, 0), (5, 10 / 127.5), (-14, -100 / 127.5)):
+        candidate = degraded + levels / 127.5
+        discriminator(degraded, candidate)
+        assert torch.allclose(seen[-1][:, :3], torch.full_like(degraded, change), atol=1e-5)
+        assert torch.equal(seen[-1][:, 3:], candidate)
 
 
 def test_building_is_seeded_and_leaves_the_global_random_state_alone():

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -301,11 +302,17 @@ def damaged_crops(images: Mapping[str, Tensor], hole: Tensor) -> dict[str, Crops
 
 
 def collect(
-    generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], run: ru.Run
+    generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], run: ru.Run, draws: int = 1
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """All images of the pairs by method (`original`, `degraded` and the generators' by name), and the holes."""
+    """All images of the pairs by method (`original`, `degraded` and the generators' by name), and the holes.
+
+    With more than one draw, each original is damaged anew as often, in place of its degraded file.
+    """
     images: dict[str, list[Tensor]] = {}
-    for degraded, original, info in ru.make_loader(pairs, run.settings.pretrain_batch, run.settings, run.device):
+    settings = dataclasses.replace(run.settings, fresh=float(draws > 1), clean=0.0, flip=0.0)
+    items = [(index, ru.derive_seed(pair.name, draw)) for draw in range(draws) for index, pair in enumerate(pairs)]
+    dataset = ru.FaceRestorationGANDataset(pairs, settings)
+    for degraded, original, info in DataLoader(dataset, settings.pretrain_batch, sampler=items):
         batch = {"original": original, "degraded": degraded, "hole": info["hole"]}
         for name, restored in restore_all(generators, degraded, run).items():
             batch[name] = ru.to_pixels(restored) / 127.5 - 1  # to 8 bits, as the others
@@ -324,8 +331,9 @@ def realism(
     """
     result: dict[str, dict[str, dict[str, float]]] = {}
     for kind in ru.KINDS:
-        known = damaged_crops(*collect(generators, [pair for pair in train if pair.kind == kind][:faces], run))
-        whole, hole = collect(generators, [pair for pair in test if pair.kind == kind], run)
+        draws = 4 if kind == "occluded" else 1  # a picture has only three holes to judge
+        known = damaged_crops(*collect(generators, [pair for pair in train if pair.kind == kind][:faces], run, draws))
+        whole, hole = collect(generators, [pair for pair in test if pair.kind == kind], run, draws)
         unseen = damaged_crops(whole, hole)
         for method in ("degraded", *generators):
             images, originals = unseen[method], unseen["original"]
