@@ -88,7 +88,8 @@ class Settings:
     width: int = 64  # channels of the generator's first layer; the widest have 8 times as many
     discriminator_width: int = 64
     full_resolution_channels: int = 32  # of the generator's output layer, where the input joins as the last skip
-    plain: bool = False  # the recipe as commonly written: instance norm, dropout 0.5, every pixel drawn anew
+    plain: bool = False  # the recipe as commonly written: instance norm, dropout 0.5, every pixel drawn anew; sets
+    # parts_weight, ema, fresh, clean and shift to zero
 
     # both trainings
     ema: float = 0.99  # decay of the average of the weights that is validated and saved
@@ -111,13 +112,16 @@ class Settings:
     gan_betas: tuple[float, float] = (0.5, 0.999)  # Radford et al. 2016
     gan_lr_step: int = 25  # epochs
     l1_weight: float = 100.0
-    shift: int = 8  # px, below which pairs are shifted at random before the discriminator sees them
+    shift: int = (
+        8  # px: the discriminator sees pairs rolled by 0 to 7 of them, its total stride less one; 0: as they are
+    )
     every_second_batch_after: int = 10  # epochs; from then on the generator is trained on every second batch only
     checkpoint_every: int = 10  # epochs
 
     def __post_init__(self) -> None:
-        if self.plain and self.parts_weight:
-            raise ValueError("the plain generator has no parts to teach: plain=True needs parts_weight=0")
+        if self.plain:  # what the recipe does not have is off, whatever it was set to
+            for name, off in {"parts_weight": 0.0, "ema": 0.0, "fresh": 0.0, "clean": 0.0, "shift": 0}.items():
+                object.__setattr__(self, name, off)
 
 
 PROFILES = {
@@ -142,9 +146,7 @@ def choose_settings(device: torch.device, environ: Mapping[str, str] = os.enviro
     if name not in PROFILES:
         raise ValueError(f"RESTORATION_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
     settings = PROFILES[name]
-    if environ.get("RESTORATION_PLAIN") == "1":
-        return replace(settings, plain=True, parts_weight=0.0, ema=0.0, fresh=0.0, shift=0)
-    return settings
+    return replace(settings, plain=True) if environ.get("RESTORATION_PLAIN") == "1" else settings
 
 
 @dataclass(frozen=True)
@@ -1402,7 +1404,7 @@ def detail_of(images: Tensor) -> Tensor:
 
 
 def noise_level(detail: Tensor) -> Tensor:
-    """Standard deviation of `detail_of` a picture in its flattest tenth, in the same units: (N, 1, 1, 1).
+    """Standard deviation of a picture's `detail`, (N, 3, 256, 256), where it is flattest: (N, 1, 1, 1), same units.
 
     Where a photograph shows nothing, what is left is its noise (as in Immerkaer 1996, but in blocks of 16 px). Blocks
     without even half an 8-bit step of it are a border or a hole and do not count; with nothing else the level is 0.
@@ -1594,10 +1596,10 @@ class PatchGANDiscriminator(nn.Module):
     al. 2017). ValueError for other shapes.
 
     The pair reaches the first layer as the candidate and, ten times magnified, what it changes about the degraded
-    image. Changes of up to four grey levels are hidden: an original differs by that much from its degraded version
-    through JPEG alone, a generator cannot know how, and would be betrayed by it. No norm: in a batch of only real or
-    only fake pairs batch norm takes away in what the two differ. `plain` is the recipe as commonly written: the pair as
-    it is, and batch norm.
+    image: there a hole or a faded colour stands out. Changes of up to four grey levels are left out, and four levels of
+    larger ones: shown how much noise was taken away, it taught the generator to take more, and texture with it. No
+    norm: in a batch of only real or only fake pairs batch norm takes away in what the two differ. `plain` is the recipe
+    as commonly written: the pair as it is, and batch norm.
     """
 
     def __init__(self, width: int = Settings.discriminator_width, plain: bool = Settings.plain) -> None:
@@ -2013,17 +2015,15 @@ def best_epoch(history: Sequence[Mapping]) -> int:
 # ======================================================================================================================
 
 
-def shifted(images: Sequence[Tensor], limit: int) -> list[Tensor]:
-    """The images (N, C, H, W), all rolled by the same random number of pixels in [0, limit) down and to the right.
+def shifted(images: Sequence[Tensor], limit: int, rng: np.random.Generator) -> list[Tensor]:
+    """The images (N, C, H, W), all rolled down and to the right by the same random numbers of pixels below `limit`.
 
-    A convolution of stride 2 meets odd and even rows with different weights. Its gradient therefore carries a weave of
-    2 px, which the generator learns to draw, wherever it always meets the same rows. (Against overfitting, Zhao et al.
-    2020 shift what a discriminator sees.)
+    A convolution of stride 2 meets odd and even rows with different weights, and so does its gradient: always meeting
+    the same ones, the generator learns to draw a faint weave. (Zhao et al. 2020 shift what a discriminator sees against
+    overfitting.) Rolling leaves a seam where opposite borders meet, in real and fake pairs alike.
     """
-    if limit:
-        down, right = torch.randint(limit, (2,)).tolist()
-        images = [image.roll((down, right), (2, 3)) for image in images]
-    return list(images)
+    down, right = rng.integers(limit, size=2).tolist() if limit else (0, 0)
+    return [image.roll((down, right), (2, 3)) for image in images]
 
 
 def discriminator_step(
@@ -2103,7 +2103,8 @@ def train_gan(
         train_g = trains_generator(epoch, number, s)
         with torch.set_grad_enabled(train_g):
             restored = generator(degraded)
-        degraded, restored, original = shifted((degraded, restored, original), s.shift)
+        rng = np.random.default_rng(derive_seed(s.seed, "shift", epoch, number))
+        degraded, restored, original = shifted((degraded, restored, original), s.shift, rng)
         losses = discriminator_step(discriminator, optimizer_d, degraded, restored, original)
         if train_g:
             losses |= generator_step(discriminator, optimizer_g, degraded, restored, original, s)
@@ -2143,8 +2144,9 @@ def load_pretrained(generator: UNetGenerator, run: Run) -> str:
     name = "pretrained_generator_best.pth"
     path = find_artifact(name, run)
     if path is None:
-        print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH. If this is not meant, stop "
-              "and run notebook 04 first; afterwards this run cannot go on from its weights")  # fmt: skip
+        print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH, without the lessons that its "
+              "parts get in pretraining: expect holes to stay. If this is not meant, stop and run notebook 04 first; "
+              "afterwards this run cannot go on from its weights")  # fmt: skip
         return weights_id(generator.state_dict())
     content = load_checkpoint(path)
     check_same_run(path, content, run, _GAN_ONLY)

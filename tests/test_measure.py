@@ -84,16 +84,16 @@ def test_the_radial_spectrum_finds_a_waves_frequency():
 
 
 def crops(images, weight=None):
-    return measure.Crops(images, torch.ones_like(images[:, :1]) if weight is None else weight)
+    return measure.Crops(images, torch.ones_like(images[:, :1]) if weight is None else weight, torch.arange(96) % 3)
 
 
 def test_the_classifier_cannot_tell_equals_and_can_tell_noise():
     images = [smooth(96, seed=seed)[:, :, :64, :64] for seed in range(4)]
     same = [crops(x) for x in images]
     noisy = [crops(x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))) for x in images]
-    accuracy = measure.classifier_accuracy((same[0], same[1]), (same[2], same[3]), steps=60, seeds=(0,))
-    assert 0.35 < accuracy < 0.65
-    assert measure.classifier_accuracy((noisy[0], same[1]), (noisy[2], same[3]), steps=60, seeds=(0,)) > 0.95
+    shares = measure.told_apart((same[0], same[1]), (same[2], same[3]), steps=60, seeds=(0,))
+    assert len(shares) == 3 and 0.35 < np.mean(shares) < 0.65
+    assert min(measure.told_apart((noisy[0], same[1]), (noisy[2], same[3]), steps=60, seeds=(0,))) > 0.95
 
 
 def test_the_classifier_judges_the_holes():
@@ -102,28 +102,73 @@ def test_the_classifier_judges_the_holes():
     hole = torch.zeros(96, 1, 64, 64)
     hole[:, :, 20:36, 30:46] = 1  # a sixteenth of the crop, filled without any grain
     parts = [(crops(torch.where(hole > 0, x, o), hole), crops(o, hole)) for x, o in zip(images, originals)]
-    assert measure.classifier_accuracy(*parts, steps=150, seeds=(0,)) > 0.9
+    assert np.mean(measure.told_apart(*parts, steps=150, seeds=(0,))) > 0.9
+
+
+def test_shares_of_right_answers_are_counted_face_by_face(monkeypatch):
+    images = torch.rand(96, 3, 64, 64)
+    face = crops(images).face
+    monkeypatch.setattr(measure, "train_classifier", lambda *a: None)
+    monkeypatch.setattr(measure, "logits_of", lambda network, part: part.images[:, 0, 0, 0])
+    fake, real = images.clone(), images.clone()
+    fake[:, 0, 0, 0] = torch.where(face == 0, -1.0, 1.0)  # found out for the first face only
+    real[:, 0, 0, 0] = torch.where(face == 1, -1.0, 1.0)  # doubted for the second only
+    assert measure.told_apart((None, None), (crops(fake), crops(real))) == [1, 0, 0.5]
 
 
 def test_crops_are_those_that_a_hole_touches_and_all_where_there_is_none():
     image = torch.arange(4 * 256 * 256).float().view(1, 4, 256, 256)[:, :3]
     hole = torch.zeros(1, 1, 256, 256)
-    everything = measure.damaged_crops({"x": image}, hole)["x"]
+    everything = measure.damaged_crops({"x": image}, hole, torch.tensor([7]))["x"]
     assert everything.images.shape == (16, 3, 64, 64) and everything.weight.min() == 1
     assert torch.equal(everything.images[5], image[0, :, 64:128, 64:128])
     hole[:, :, 70:110, 60:110] = 1  # of the crop to the left it covers less than a twentieth
-    touched = measure.damaged_crops({"x": image, "y": -image}, hole)
+    assert everything.face.tolist() == [7] * 16
+    images = {name: torch.cat([x, x]) for name, x in {"x": image, "y": -image}.items()}
+    touched = measure.damaged_crops(images, torch.cat([0 * hole, hole]), torch.tensor([7, 8]))
     assert torch.equal(touched["x"].images, everything.images[5:6])
     assert torch.equal(touched["y"].images, -everything.images[5:6])
-    assert touched["x"].weight.sum() == 40 * 46
+    assert touched["x"].weight.sum() == 40 * 46 and touched["x"].face.tolist() == [8]
+
+
+def test_occluded_originals_are_damaged_anew_for_the_realism_table(run, pairs):
+    occluded = [pair for pair in pairs if pair.kind == "occluded"][:2]
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=1.0)).train()
+    parts = measure.collect({"x": network}, occluded, run, 3)
+    assert network.training and torch.equal(network[0].running_mean, torch.zeros(3))
+    degraded, original, restored = (parts[name] for name in ("degraded", "original", "x"))
+    assert torch.equal(ru.to_pixels(restored.images), ru.to_pixels(degraded.images / (1 + 1e-5) ** 0.5))
+    assert torch.equal(restored.images, ru.to_pixels(restored.images) / 127.5 - 1)
+    outside = (degraded.weight == 0).expand(-1, 3, -1, -1)
+    assert torch.allclose(degraded.images[outside], original.images[outside], atol=0.02)
+    assert (degraded.images - original.images).abs().amax((1, 2, 3)).min() > 0.1
+    assert set(degraded.face.tolist()) == {0, 1}
+    files = [original for _, original, _ in ru.FaceRestorationGANDataset(occluded, run.settings)]
+    squares = measure.damaged_crops({"x": torch.stack(files)}, torch.zeros(2, 1, 256, 256), torch.arange(2))["x"].images
+    assert all((square == squares).flatten(1).all(1).any() for square in original.images)  # not mirrored
+    holes = [measure.collect({}, occluded[:1], run, draws)["degraded"].weight for draws in (1, 2, 3, 3)]
+    assert len(holes[1]) < len(holes[2]) and torch.equal(holes[2], holes[3])
+    assert torch.equal(holes[2][: len(holes[1])], holes[1])
+    assert not torch.equal(holes[1][: len(holes[0])], holes[0])
+
+
+def test_one_draw_is_the_degraded_files(run, pairs):
+    noisy = [pair for pair in pairs if pair.kind == "noisy"][:2]
+    files = [degraded for degraded, _, _ in ru.FaceRestorationGANDataset(noisy, run.settings)]
+    expected = measure.damaged_crops({"x": torch.stack(files)}, torch.zeros(2, 1, 256, 256), torch.arange(2))["x"]
+    ours = measure.collect({}, noisy, run)["degraded"]
+    assert all(torch.equal(*parts) for parts in zip(ours, expected))
 
 
 def test_the_realism_table_has_every_kind_and_method(run, pairs):
     table = measure.realism({"nothing": torch.nn.Identity()}, pairs[:6], pairs[6:9], run)
     assert list(table) == list(ru.KINDS)
     for cells in table.values():
-        assert cells["nothing"] == pytest.approx(cells["degraded"], abs=1e-6)  # doing nothing is doing nothing
-        assert all(np.isfinite(list(cell.values())).all() for cell in cells.values())
+        for key, value in cells["degraded"].items():
+            assert cells["nothing"][key] == pytest.approx(value, abs=1e-6)  # doing nothing is doing nothing
+        for cell in cells.values():
+            assert np.isfinite([cell["sharpness"], cell["spectrum_db"]]).all()
+            assert cell["told_apart"] == pytest.approx(np.mean(cell["told_apart_by_face"]))
 
 
 def test_measuring_has_every_method_and_summarises_paired_gains(run, pairs):

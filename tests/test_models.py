@@ -153,21 +153,22 @@ def test_what_is_painted_into_holes_does_not_teach_the_detector():
 
 
 def test_the_plain_generator_is_the_recipe_as_commonly_written():
-    generator = ru.build_generator(dataclasses.replace(TINY, plain=True, parts_weight=0.0))
+    generator = ru.build_generator(dataclasses.replace(TINY, plain=True))
     kinds = [type(module) for module in generator.modules()]
     assert kinds.count(nn.InstanceNorm2d) == 6 + 7 and nn.BatchNorm2d not in kinds
     assert [m.p for m in generator.modules() if isinstance(m, nn.Dropout)] == [0.5] * 3
     restoration = generator.eval().restore(torch.rand(2, 3, 256, 256) * 2 - 1)
     assert restoration.restored.shape == (2, 3, 256, 256) and restoration.hole is None
     assert restoration.restored.abs().max() < 1
-    with pytest.raises(ValueError, match="parts_weight=0"):
-        dataclasses.replace(TINY, plain=True)
 
 
 def test_plain_is_a_setting_of_every_profile():
     for name, profile in ru.PROFILES.items():
         plain = ru.choose_settings(torch.device("cpu"), {"RESTORATION_PROFILE": name, "RESTORATION_PLAIN": "1"})
-        assert plain == dataclasses.replace(profile, plain=True, parts_weight=0.0, ema=0.0, fresh=0.0, shift=0)
+        assert plain == dataclasses.replace(profile, plain=True, clean=0.5)
+        off = {"parts_weight", "ema", "fresh", "clean", "shift"}
+        changed = {"plain": True} | dict.fromkeys(off, 0)
+        assert dataclasses.asdict(plain) == dataclasses.asdict(profile) | changed
     assert not any(profile.plain for profile in ru.PROFILES.values())
 
 
@@ -240,15 +241,17 @@ def test_discriminator_gives_30_x_30_scores_of_70_x_70_px_and_sees_both_images(p
         assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (70, 70)
 
 
-def test_the_discriminator_sees_what_was_changed_magnified_but_not_the_rounding_of_a_file():
+def test_the_discriminator_sees_large_changes_magnified_and_small_ones_not():
     discriminator, degraded = ru.PatchGANDiscriminator(2), torch.rand(1, 3, 256, 256) - 0.5
     seen = []
     discriminator.layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
     for levels, change in ((3, 0), (5, 10 / 127.5), (-14, -100 / 127.5)):
-        candidate = degraded + levels / 127.5
+        candidate = (degraded + levels / 127.5).requires_grad_()
         discriminator(degraded, candidate)
         assert torch.allclose(seen[-1][:, :3], torch.full_like(degraded, change), atol=1e-5)
         assert torch.equal(seen[-1][:, 3:], candidate)
+        (gradient,) = torch.autograd.grad(seen[-1][:, :3].sum(), candidate)
+        assert torch.equal(gradient, torch.full_like(degraded, 10 if change else 0))
 
 
 def test_building_is_seeded_and_leaves_the_global_random_state_alone():

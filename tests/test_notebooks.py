@@ -85,6 +85,11 @@ def test_smoke_profile_runs_all_six_in_order(tmp_path):
     before = best.stat().st_mtime_ns
     execute(NOTEBOOKS[3:4], work, **variables)  # a finished stage that is run again only reloads
     assert best.stat().st_mtime_ns == before
+    plain = {"RESTORATION_PLAIN": "1", "OUTPUT_DIR": str(output / "plain")}
+    execute(NOTEBOOKS[3:5], work, **variables | plain)
+    execute(NOTEBOOKS[5:], work, **variables)  # and shows both
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert all({"restored", "plain"} <= metrics["mean_over_faces"][kind].keys() for kind in ru.KINDS)
 
 
 def test_a_made_up_kaggle_runs_with_nothing_but_the_profile_set(tmp_path):

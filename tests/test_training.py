@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -101,33 +102,41 @@ def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminat
 
 
 def test_shifted_rolls_all_by_the_same_random_amount_below_the_limit(batch):
-    torch.manual_seed(0)
-    seen = set()
+    rng, seen = np.random.default_rng(0), set()
     for _ in range(60):
-        degraded, original = ru.shifted(batch[:2], 3)
+        degraded, original = ru.shifted(batch[:2], 3, rng)
         amounts = [(y, x) for y in range(3) for x in range(3) if torch.equal(batch[0].roll((y, x), (2, 3)), degraded)]
         assert len(amounts) == 1 and torch.equal(original, batch[1].roll(amounts[0], (2, 3)))
         seen |= set(amounts)
     assert len(seen) == 9
-    assert ru.shifted(batch[:2], 0) == list(batch[:2])
+    assert all(torch.equal(*both) for both in zip(ru.shifted(batch[:2], 0, rng), batch[:2]))
 
 
-def test_both_steps_of_the_gan_get_shifted_pairs(run, pairs, monkeypatch):
-    shifted, seen = [], []
+@pytest.mark.parametrize("plain", [False, True])
+def test_both_steps_of_the_gan_get_shifted_pairs_the_plain_recipe_as_they_are(run, pairs, monkeypatch, plain):
+    run = with_settings(run, gan_epochs=1, shift=5, plain=plain)
+    shifted, seen, rngs = [], [], []
     steps = ru.discriminator_step, ru.generator_step
 
-    def shift(images, limit):
-        assert limit == TINY.shift == 8
+    def shift(images, limit, rng):
+        assert limit == (0 if plain else 5)
+        rngs.append(rng.integers(2**32))
         shifted.append([image.flip(2) for image in images])
         return shifted[-1]
 
     monkeypatch.setattr(ru, "shifted", shift)
     monkeypatch.setattr(ru, "discriminator_step", lambda *a: seen.append(a[2:5]) or steps[0](*a))
     monkeypatch.setattr(ru, "generator_step", lambda *a: seen.append(a[2:5]) or steps[1](*a))
-    train_gan(with_settings(run, gan_epochs=1), pairs)
-    assert len(seen) == 2 * len(shifted) > 0
-    for number, given in enumerate(seen):
-        assert all(one is other for one, other in zip(given, shifted[number // 2]))
+    train = ru.split_pairs(pairs, run.settings).gan_train
+    train_gan(run, pairs)
+    loader = ru.make_loader(train, run.settings.gan_batch, run.settings, run.device, "gan")
+    assert len(seen) == 2 * len(shifted) == 2 * len(loader) and len(set(rngs)) == len(rngs)
+    for number, (degraded, original, _) in enumerate(loader):
+        for given in seen[2 * number : 2 * number + 2]:
+            assert all(one is other for one, other in zip(given, shifted[number]))
+        assert torch.equal(shifted[number][0].flip(2), degraded) and torch.equal(shifted[number][2].flip(2), original)
+        restored = shifted[number][1]
+        assert restored.requires_grad and not torch.equal(restored, shifted[number][0])
 
 
 def test_means_count_images_not_batches():
@@ -183,10 +192,11 @@ def test_pretraining_writes_its_files_and_keeps_the_best_epoch(run, pairs, capsy
 
 
 def test_the_plain_recipe_trains_through_both_stages(run, pairs):
-    plain = with_settings(run, plain=True, parts_weight=0.0, ema=0.0, fresh=0.0, shift=0)
-    pretrain(plain, pairs)
+    plain = with_settings(run, plain=True)
+    _, first = pretrain(plain, pairs)
+    assert "parts" not in first[0]
     generator, _, history = train_gan(plain, pairs)
-    assert len(history) == 2 and "parts" not in history[0]
+    assert len(history) == 2
     loaded = ru.load_generator(plain.outputs / "face_restoration_generator_final.pth")
     assert same(dict(loaded.state_dict()), dict(generator.state_dict()))
 

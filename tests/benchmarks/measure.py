@@ -231,10 +231,11 @@ def with_detail(images: Tensor) -> Tensor:
 
 
 class Crops(NamedTuple):
-    """Squares of pictures, (M, 3, 64, 64), and how much of every pixel of them is to be judged, (M, 1, 64, 64)."""
+    """Squares of pictures, (M, 3, 64, 64), how much of each pixel to judge, (M, 1, 64, 64), and whose they are."""
 
     images: Tensor
     weight: Tensor
+    face: Tensor  # (M,), a number for each face
 
 
 def logits_of(network: nn.Module, crops: Crops) -> Tensor:
@@ -259,7 +260,7 @@ def train_classifier(fake: Crops, real: Crops, steps: int, seed: int) -> nn.Modu
         chosen = rng.integers(len(fake.images), size=16)
         batch = Crops(*(torch.cat([f[chosen], r[chosen]]) for f, r in zip(fake, real)))
         if rng.random() < 0.5:
-            batch = Crops(batch.images.flip(-1), batch.weight.flip(-1))
+            batch = batch._replace(images=batch.images.flip(-1), weight=batch.weight.flip(-1))
         loss = F.binary_cross_entropy_with_logits(logits_of(network, batch), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -267,25 +268,26 @@ def train_classifier(fake: Crops, real: Crops, steps: int, seed: int) -> nn.Modu
     return network
 
 
-def classifier_accuracy(
+def told_apart(
     train: tuple[Crops, Crops], test: tuple[Crops, Crops], steps: int = 300, seeds: Sequence[int] = (0, 1)
-) -> float:
+) -> list[float]:
     """How well small networks, trained on some faces, tell crops of (images, originals) of other faces apart.
 
-    A classifier two-sample test (Lopez-Paz and Oquab 2017): the balanced accuracy on crops of held-out faces, mean over
-    networks. 0.5 means that they cannot tell, which is right; 1 that they always can.
+    A classifier two-sample test (Lopez-Paz and Oquab 2017): the share of right answers, for every face in `test`, half
+    of its crops being originals, mean over networks. 0.5 means that they cannot tell, which is right; 1 that they
+    always can.
     """
-    accuracies = []
+    right = torch.zeros(len(test[0].face)).double()
     for seed in seeds:
         network = train_classifier(*train, steps, seed)
         with torch.no_grad():
             fake, real = (logits_of(network, crops) for crops in test)
-        accuracies += [(fake < 0).double().mean().item(), (real > 0).double().mean().item()]
-    return float(np.mean(accuracies))
+        right += ((fake < 0).double() + (real > 0).double()) / 2 / len(seeds)
+    return [right[test[0].face == face].mean().item() for face in test[0].face.unique()]
 
 
-def damaged_crops(images: Mapping[str, Tensor], hole: Tensor) -> dict[str, Crops]:
-    """Squares of 64 px, side by side, of all images by method.
+def damaged_crops(images: Mapping[str, Tensor], hole: Tensor, face: Tensor) -> dict[str, Crops]:
+    """Squares of 64 px, side by side, of all images by method; `face` says for each image whose it is.
 
     Of images with holes those that a hole covers by a twentieth or more, to be judged in the holes. Whether the rest
     was left alone is not a question of realism; PSNR outside the holes answers it.
@@ -295,61 +297,72 @@ def damaged_crops(images: Mapping[str, Tensor], hole: Tensor) -> dict[str, Crops
         squares = whole.unfold(2, CROP, CROP).unfold(3, CROP, CROP)  # (N, C, H / 64, W / 64, 64, 64)
         parts[name] = squares.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     weight = parts.pop("hole")
-    if not hole.any():
-        return {name: Crops(crops, torch.ones_like(weight)) for name, crops in parts.items()}
-    covered = weight.mean((1, 2, 3)) >= 0.05
-    return {name: Crops(crops[covered], weight[covered]) for name, crops in parts.items()}
+    face = face.repeat_interleave(len(weight) // len(face))
+    chosen = weight.mean((1, 2, 3)) >= 0.05 if hole.any() else torch.ones(len(weight), dtype=torch.bool)
+    weight = weight[chosen] if hole.any() else torch.ones_like(weight)
+    return {name: Crops(crops[chosen], weight, face[chosen]) for name, crops in parts.items()}
 
 
 def collect(
     generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], run: ru.Run, draws: int = 1
-) -> tuple[dict[str, Tensor], Tensor]:
-    """All images of the pairs by method (`original`, `degraded` and the generators' by name), and the holes.
+) -> dict[str, Crops]:
+    """Crops of all images of the pairs, of one kind, by method: `original`, `degraded` and the generators by name.
 
-    With more than one draw, each original is damaged anew as often, in place of its degraded file.
+    With more than one draw, each original is damaged anew as often, in place of its degraded file and without a JPEG in
+    between.
     """
-    images: dict[str, list[Tensor]] = {}
     settings = dataclasses.replace(run.settings, fresh=float(draws > 1), clean=0.0, flip=0.0)
-    items = [(index, ru.derive_seed(pair.name, draw)) for draw in range(draws) for index, pair in enumerate(pairs)]
+    items = [
+        (index, ru.derive_seed(settings.seed, "realism", pair.kind, pair.name, draw))
+        for draw in range(draws)
+        for index, pair in enumerate(pairs)
+    ]
+    faces = {pair.name: number for number, pair in enumerate(pairs)}
     dataset = ru.FaceRestorationGANDataset(pairs, settings)
+    batches: dict[str, list[Crops]] = {}
     for degraded, original, info in DataLoader(dataset, settings.pretrain_batch, sampler=items):
-        batch = {"original": original, "degraded": degraded, "hole": info["hole"]}
+        images = {"original": original, "degraded": degraded}
         for name, restored in restore_all(generators, degraded, run).items():
-            batch[name] = ru.to_pixels(restored) / 127.5 - 1  # to 8 bits, as the others
-        for name, part in batch.items():
-            images.setdefault(name, []).append(part)
-    whole = {name: torch.cat(parts) for name, parts in images.items()}
-    return whole, whole.pop("hole")
+            images[name] = ru.to_pixels(restored) / 127.5 - 1  # to 8 bits, as the others
+        face = torch.tensor([faces[name] for name in info["name"]])
+        for name, crops in damaged_crops(images, info["hole"], face).items():
+            batches.setdefault(name, []).append(crops)
+    return {name: Crops(*(torch.cat(parts) for parts in zip(*crops))) for name, crops in batches.items()}
 
 
 def realism(
     generators: Mapping[str, nn.Module], train: Sequence[ru.Pair], test: Sequence[ru.Pair], run: ru.Run, faces: int = 60
-) -> dict[str, dict[str, dict[str, float]]]:
-    """By kind and method: sharpness ratio, spectrum distance and the classifier's accuracy, on the pairs of `test`.
+) -> dict[str, dict[str, dict]]:
+    """By kind and method: sharpness ratio, spectrum distance, and how often classifiers tell images from originals.
 
-    Measured on `damaged_crops`, but LPIPS on whole images. The classifier is trained on up to `faces` faces of `train`.
+    `told_apart_by_face` has a share for each face, `told_apart` is their mean. All is measured in `damaged_crops` of up
+    to `faces` faces of `test`; the classifiers are trained on as many of `train`. A picture has only three holes to be
+    judged by, so occluded originals are damaged anew four times.
     """
-    result: dict[str, dict[str, dict[str, float]]] = {}
+    result: dict[str, dict[str, dict]] = {}
     for kind in ru.KINDS:
-        draws = 4 if kind == "occluded" else 1  # a picture has only three holes to judge
-        known = damaged_crops(*collect(generators, [pair for pair in train if pair.kind == kind][:faces], run, draws))
-        whole, hole = collect(generators, [pair for pair in test if pair.kind == kind], run, draws)
-        unseen = damaged_crops(whole, hole)
+        draws = 4 if kind == "occluded" else 1
+        known, unseen = (
+            collect(generators, [pair for pair in pairs if pair.kind == kind][:faces], run, draws)
+            for pairs in (train, test)
+        )
         for method in ("degraded", *generators):
-            images, originals = unseen[method], unseen["original"]
+            images, originals = unseen[method].images, unseen["original"].images
+            by_face = told_apart((known[method], known["original"]), (unseen[method], unseen["original"]))
             result.setdefault(kind, {})[method] = {
-                "sharpness": sharpness_ratio(images.images, originals.images),
-                "spectrum_db": spectrum_distance(images.images, originals.images),
-                "accuracy": classifier_accuracy((known[method], known["original"]), (images, originals)),
+                "sharpness": sharpness_ratio(images, originals),
+                "spectrum_db": spectrum_distance(images, originals),
+                "told_apart": float(np.mean(by_face)),
+                "told_apart_by_face": by_face,
             }
-            perceptual = lpips(whole[method], whole["original"])
+            perceptual = lpips(images, originals)
             if perceptual is not None:
                 result[kind][method]["lpips"] = perceptual
     return result
 
 
 def lpips(images: Tensor, originals: Tensor) -> float | None:
-    """Learned perceptual distance (Zhang et al. 2018, AlexNet), mean over images; None if its weights are not at hand.
+    """Learned perceptual distance (Zhang et al. 2018, AlexNet), mean over crops; None if its weights are not at hand.
 
     They are if torchvision has downloaded them before: `torchvision.models.alexnet(weights="DEFAULT")`.
     """
@@ -367,7 +380,7 @@ def print_realism(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Non
     for kind, methods in table.items():
         for method, cell in methods.items():
             line = f"{kind:9s} {method:28s} {cell['sharpness']:9.2f} {cell['spectrum_db']:6.2f} dB"
-            print(f"{line} {cell['accuracy']:10.0%}" + (f"  LPIPS {cell['lpips']:.3f}" if "lpips" in cell else ""))
+            print(f"{line} {cell['told_apart']:10.0%}" + (f"  LPIPS {cell['lpips']:.3f}" if "lpips" in cell else ""))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
