@@ -81,15 +81,13 @@ class Settings:
     pretrain_batch: int = 8
     gan_batch: int = 4
     flip: float = 0.5  # probability of mirroring a training pair
-    fresh: float = 0.5  # probability that a training pair's damage is drawn anew, other than the file's, of its kind
-    clean: float = 0.0  # probability that a training pair's degraded image is replaced by its original
 
     # step 3, models
     width: int = 64  # channels of the generator's first layer; the widest have 8 times as many
     discriminator_width: int = 64
     full_resolution_channels: int = 32  # of the generator's output layer, where the input joins as the last skip
     plain: bool = False  # the recipe as commonly written: instance norm, dropout 0.5, every pixel drawn anew; sets
-    # parts_weight, ema, fresh, clean and shift to zero
+    # parts_weight, ema and shift to zero
 
     # both trainings
     ema: float = 0.99  # decay of the average of the weights that is validated and saved
@@ -120,7 +118,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.plain:  # what the recipe does not have is off, whatever it was set to
-            for name, off in {"parts_weight": 0.0, "ema": 0.0, "fresh": 0.0, "clean": 0.0, "shift": 0}.items():
+            for name, off in {"parts_weight": 0.0, "ema": 0.0, "shift": 0}.items():
                 object.__setattr__(self, name, off)
 
 
@@ -145,8 +143,14 @@ def choose_settings(device: torch.device, environ: Mapping[str, str] = os.enviro
     name = environ.get("RESTORATION_PROFILE") or ("full" if device.type == "cuda" else "quick")
     if name not in PROFILES:
         raise ValueError(f"RESTORATION_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
-    settings = PROFILES[name]
-    return replace(settings, plain=True) if environ.get("RESTORATION_PLAIN") == "1" else settings
+    return replace(PROFILES[name], plain=is_on("RESTORATION_PLAIN", environ))
+
+
+def is_on(switch: str, environ: Mapping[str, str]) -> bool:
+    """Whether an environment variable is 1; unset, empty or 0 is off. ValueError for anything else."""
+    if environ.get(switch, "") not in ("", "0", "1"):
+        raise ValueError(f"{switch} is {environ[switch]!r}; set it to 1 or leave it out")
+    return environ.get(switch) == "1"
 
 
 @dataclass(frozen=True)
@@ -218,8 +222,9 @@ def start(report: Callable[[str], None] = print) -> tuple[Settings, Places, torc
     settings, places = choose_settings(device), find_places()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, OpenCV {cv2.__version__}"
+    profile = settings.profile + (", the plain recipe" if settings.plain else "")
     outputs = os.path.relpath(places.outputs) if places.outputs.is_relative_to(Path.cwd().parent) else places.outputs
-    report(f"{versions} | {places.platform}, {name} | profile {settings.profile} | outputs in {outputs}")
+    report(f"{versions} | {places.platform}, {name} | profile {profile} | outputs in {outputs}")
     return settings, places, device
 
 
@@ -228,7 +233,8 @@ def check(claim: str, holds: bool, settings: Settings, environ: Mapping[str, str
 
     With RESTORATION_STRICT=1 a broken promise is an AssertionError, except in `smoke`, which is too short to learn.
     """
-    if not holds and environ.get("RESTORATION_STRICT") == "1" and settings.profile != "smoke":
+    strict = is_on("RESTORATION_STRICT", environ) and settings.profile != "smoke"
+    if strict and not holds:
         raise AssertionError(f"does not hold in this run: {claim}")
     print(f"holds: {claim}" if holds else f"DOES NOT HOLD in this run (profile {settings.profile}): {claim}")
 
@@ -1208,7 +1214,7 @@ def split_pairs(pairs: Sequence[Pair], settings: Settings) -> Splits:
     both = max(1, round(settings.gan_validation * len(names)))
     pretrain = max(both, round(settings.pretrain_validation * len(names)))
     if pretrain >= len(names):
-        raise ValueError(f"{len(names)} original(s) are too few to split: add faces")
+        raise ValueError(f"{len(names)} original(s) are too few to split: 2 are the least, 200 enough to learn from")
     sizes = [both, pretrain - both, len(names) - pretrain]
     parts = random_split(names, sizes, torch.Generator().manual_seed(settings.seed))
     part_of = {name: number for number, part in enumerate(parts) for name in part}
@@ -1232,9 +1238,7 @@ class FaceRestorationGANDataset(Dataset):
     """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with kind, name, hole.
 
     `hole` is the occlusion's true mask, float (1, 256, 256) in [0, 1], drawn again from the seed; zero for other kinds.
-    An item is asked for by its index, or by (index, seed) to train with: the seed then decides whether the pair is
-    mirrored, and whether the degraded image is replaced by its original or by one with fresh damage of the same kind
-    (`flip`, `clean` and `fresh` in the settings).
+    An item is asked for by its index, or by (index, mirrored) to train with.
     """
 
     def __init__(self, pairs: Sequence[Pair], settings: Settings = PROFILES["full"]) -> None:
@@ -1244,51 +1248,32 @@ class FaceRestorationGANDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, Tensor, dict]:
-        index, seed = item if isinstance(item, tuple) else (item, None)
+    def __getitem__(self, item: int | tuple[int, bool]) -> tuple[Tensor, Tensor, dict]:
+        index, mirrored = item if isinstance(item, tuple) else (item, False)
         pair = self.pairs[index]
-        info = {"kind": pair.kind, "name": pair.name}
-        original = self._load(pair.original)
-        if seed is None:
-            degraded, hole = self._from_file(pair)
-            return degraded, original, info | {"hole": hole}
-        rng = np.random.default_rng(seed)
-        mirror, replace = rng.random(2)
-        if replace < self.settings.clean:
-            degraded, hole = original, torch.zeros_like(original[:1])
-        elif replace < self.settings.clean + self.settings.fresh:
-            degraded, hole = self._damaged_anew(pair, int(rng.integers(2**62)))
-        else:
-            degraded, hole = self._from_file(pair)
-        if mirror < self.settings.flip:
-            degraded, original, hole = degraded.flip(-1), original.flip(-1), hole.flip(-1)
-        return degraded, original, info | {"hole": hole}
+        images = self._load(pair.degraded), self._load(pair.original), self._hole(pair)
+        degraded, original, hole = (image.flip(-1) for image in images) if mirrored else images
+        return degraded, original, {"kind": pair.kind, "name": pair.name, "hole": hole}
 
     def _load(self, path: Path) -> Tensor:
         """One image as a tensor."""
         return self.transform(_resized(path, path.stat().st_mtime_ns, self.settings.image_size))
 
-    def _from_file(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """The degraded image and its hole."""
-        seed, shape = derive_seed(self.settings.seed, pair.kind, pair.name), (0, 0)
-        if pair.kind == "occluded":
-            with Image.open(pair.degraded) as image:
-                shape = (image.height, image.width)
-        return self._load(pair.degraded), self._hole(pair, shape, seed)
-
-    def _damaged_anew(self, pair: Pair, seed: int) -> tuple[Tensor, Tensor]:
-        """As `_from_file`, with another degradation of the same kind, which has not been through a JPEG file."""
-        image = read_image(pair.original)
-        degraded = degrade(image, pair.kind, np.random.default_rng(seed), self.settings)
-        return self.transform(to_pil(degraded)), self._hole(pair, image.shape, seed)
-
-    def _hole(self, pair: Pair, shape: Sequence[int], seed: int) -> Tensor:
-        """The true mask of the damage that `seed` drew into an image of `shape`."""
-        size = (self.settings.image_size,) * 2
+    def _hole(self, pair: Pair) -> Tensor:
+        """The true mask of what was covered."""
         if pair.kind != "occluded":
-            return torch.zeros(1, *size)
-        mask = Image.fromarray(occlusion_mask(shape, np.random.default_rng(seed), self.settings))
-        return transforms.functional.to_tensor(mask.resize(size, Image.Resampling.BILINEAR))
+            return torch.zeros(1, *(self.settings.image_size,) * 2)
+        with Image.open(pair.degraded) as image:
+            shape = image.height, image.width
+        return draw_hole(shape, derive_seed(self.settings.seed, pair.kind, pair.name), self.settings)
+
+
+def draw_hole(shape: Sequence[int], seed: int, settings: Settings) -> Tensor:
+    """The mask that `occlude_irregular` covers from a seed in an image of `shape`, as the networks' images are resized:
+    float (1, 256, 256) in [0, 1].
+    """
+    mask = Image.fromarray(occlusion_mask(shape, np.random.default_rng(seed), settings))
+    return transforms.functional.to_tensor(mask.resize((settings.image_size,) * 2, Image.Resampling.BILINEAR))
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -1297,21 +1282,21 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 class EpochSampler(Sampler):
-    """Yields (index, seed) in an order that depends on the settings' seed, the stage and the epoch only.
+    """Yields (index, mirrored) in an order that depends on the settings' seed, the stage and the epoch only.
 
     So an epoch is the same whether or not the run was interrupted before it, and whatever the number of workers.
     """
 
-    def __init__(self, length: int, seed: int, stage: str) -> None:
-        self.length, self.seed, self.stage, self.epoch = length, seed, stage, 1
+    def __init__(self, length: int, settings: Settings, stage: str) -> None:
+        self.length, self.settings, self.stage, self.epoch = length, settings, stage, 1
 
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        rng = np.random.default_rng(derive_seed(self.seed, self.stage, self.epoch))
-        order, seeds = rng.permutation(self.length), rng.integers(2**32, size=self.length)
-        yield from zip(order.tolist(), seeds.tolist())
+    def __iter__(self) -> Iterator[tuple[int, bool]]:
+        rng = np.random.default_rng(derive_seed(self.settings.seed, self.stage, self.epoch))
+        order, mirrored = rng.permutation(self.length), rng.random(self.length) < self.settings.flip
+        yield from zip(order.tolist(), mirrored.tolist())
 
 
 def make_loader(
@@ -1323,7 +1308,7 @@ def make_loader(
     """
     on_gpu = device.type == "cuda"
     workers = min(4, os.cpu_count() or 1) if on_gpu else 0
-    sampler = EpochSampler(len(pairs), settings.seed, stage) if stage else None
+    sampler = EpochSampler(len(pairs), settings, stage) if stage else None
     dataset = FaceRestorationGANDataset(pairs, settings)
     return DataLoader(
         dataset, batch, sampler=sampler, num_workers=workers, pin_memory=on_gpu, persistent_workers=workers > 0
@@ -1406,8 +1391,9 @@ def detail_of(images: Tensor) -> Tensor:
 def noise_level(detail: Tensor) -> Tensor:
     """Standard deviation of a picture's `detail`, (N, 3, 256, 256), where it is flattest: (N, 1, 1, 1), same units.
 
-    Where a photograph shows nothing, what is left is its noise (as in Immerkaer 1996, but in blocks of 16 px). Blocks
-    without even half an 8-bit step of it are a border or a hole and do not count; with nothing else the level is 0.
+    Where a photograph shows nothing, what is left is its noise (block-based, Olsen 1993). Blocks of
+    16 px without even half an 8-bit step of it are a border or a hole and do not count; with nothing else the level
+    is 0.
     """
     blocks = F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).clamp(min=1e-12).sqrt()  # (N, 256)
     level = blocks.where(blocks > 0.5 / 127.5, torch.nan).nanquantile(0.1, dim=1)
@@ -1438,7 +1424,7 @@ class GrainHead(nn.Module):
 
 
 class HoleHead(nn.Module):
-    """Detects holes by what they are made of: nothing in a photograph is as flat, as white, as black or as colourful.
+    """Detects holes by what they are made of: little in a photograph is as flat, as white, as black or as colourful.
 
     These are given to it as pictures, and dilated convolutions (Yu and Koltun 2016) at half the size look up to 30 px
     far for edges and corners. A U-Net sees the same, but takes thousands of steps to find out what to look for.
@@ -1734,14 +1720,15 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
     names = sorted((now.keys() | then.keys()) - _MAY_CHANGE - set(ignore))
     differ = [f"{n} was {then.get(n)!r}, is {now.get(n)!r}" for n in names if now.get(n) != then.get(n)]
     if content["faces"] != run.faces:
-        differ.append(f"its faces were {content['faces']}, these are {run.faces}")
+        differ.append(f"its faces were others (is FACES_DIR right? fingerprint {content['faces']}, now {run.faces})")
     if run.start and content.get("start") != run.start:
         differ.append("it did not start from the pretrained weights that are there now (to start again from them, move "
                       "gan_last.pth and face_restoration_*.pth away)")  # fmt: skip
     if differ:
         raise ValueError(
-            f"{path} was made by another run: {'; '.join(differ)}. Nothing was changed. Go back to those settings and "
-            "faces, move the file away (or detach it, on Kaggle), or choose another folder with OUTPUT_DIR"
+            f"{path} was made by another run: {'; '.join(differ)}. It is kept as it is. Choose another folder with "
+            "OUTPUT_DIR, or go back to those settings and faces, or move all .pth files there away (on Kaggle: detach "
+            "them) to start anew"
         )
 
 
@@ -2176,8 +2163,13 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 
 
 def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000) -> tuple[float, float, float]:
-    """Mean and the bounds of its 95 % bootstrap interval (Efron 1979, percentiles of resampled means)."""
+    """Mean and the bounds of its 95 % bootstrap interval (Efron 1979, percentiles of resampled means).
+
+    Without bounds (minus and plus infinity) if there is only one value, which says nothing about how much they vary.
+    """
     values = np.asarray(values, dtype=float)
+    if len(values) == 1:
+        return float(values[0]), -math.inf, math.inf
     means = values[np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(values.mean()), float(low), float(high)
@@ -2218,7 +2210,7 @@ def restore_image_gan(
 
     Raises ValueError if `source` cannot be read, or if `destination` is the source or has no known image suffix.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
     if destination.resolve() == source.resolve():
         raise ValueError(f"{destination}: the original would be overwritten; choose another name for the result")
     if destination.suffix.lower() not in IMAGE_SUFFIXES:
@@ -2278,7 +2270,7 @@ def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, s
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)  # below: curves fill the panel
     save_figure(figure, path)
     return figure
 

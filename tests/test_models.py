@@ -165,8 +165,8 @@ def test_the_plain_generator_is_the_recipe_as_commonly_written():
 def test_plain_is_a_setting_of_every_profile():
     for name, profile in ru.PROFILES.items():
         plain = ru.choose_settings(torch.device("cpu"), {"RESTORATION_PROFILE": name, "RESTORATION_PLAIN": "1"})
-        assert plain == dataclasses.replace(profile, plain=True, clean=0.5)
-        off = {"parts_weight", "ema", "fresh", "clean", "shift"}
+        assert plain == dataclasses.replace(profile, plain=True, ema=0.5)
+        off = {"parts_weight", "ema", "shift"}
         changed = {"plain": True} | dict.fromkeys(off, 0)
         assert dataclasses.asdict(plain) == dataclasses.asdict(profile) | changed
     assert not any(profile.plain for profile in ru.PROFILES.values())

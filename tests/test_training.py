@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import restoration_utils as ru
 
-CHANGES = {"pretrain_epochs": 4, "gan_epochs": 4, "ema": 0.9, "clean": 0.2, "pretrain_lr_step": 3, "gan_lr_step": 3}
+CHANGES = {"pretrain_epochs": 4, "gan_epochs": 4, "ema": 0.9, "pretrain_lr_step": 3, "gan_lr_step": 3}
 
 
 def with_settings(run, **changes):

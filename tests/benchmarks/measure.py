@@ -11,6 +11,7 @@ best strength, found on training faces; the inpainting methods get the true mask
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -302,29 +302,35 @@ def damaged_crops(images: Mapping[str, Tensor], hole: Tensor, face: Tensor) -> d
     return {name: Crops(crops[chosen], weight, face[chosen]) for name, crops in parts.items()}
 
 
+def damaged_anew(pair: ru.Pair, draw: int, settings: ru.Settings) -> tuple[Tensor, Tensor, dict]:
+    """As an item of the dataset, with another damage of the same kind, which has not been through a JPEG file."""
+    image, seed = ru.read_image(pair.original), ru.derive_seed(settings.seed, "realism", pair.kind, pair.name, draw)
+    degraded = ru.degrade(image, pair.kind, np.random.default_rng(seed), settings)
+    transform, hole = ru.image_transform(settings.image_size), torch.zeros(1, *(settings.image_size,) * 2)
+    if pair.kind == "occluded":
+        hole = ru.draw_hole(image.shape, seed, settings)
+    return transform(ru.to_pil(degraded)), transform(ru.to_pil(image)), {"hole": hole}
+
+
 def collect(
     generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], run: ru.Run, draws: int = 1
 ) -> dict[str, Crops]:
     """Crops of all images of the pairs, of one kind, by method: `original`, `degraded` and the generators by name.
 
-    With more than one draw, each original is damaged anew as often, in place of its degraded file and without a JPEG in
-    between.
+    With more than one draw, each original is damaged anew as often, in place of its degraded file.
     """
-    settings = dataclasses.replace(run.settings, fresh=float(draws > 1), clean=0.0, flip=0.0)
-    items = [
-        (index, ru.derive_seed(settings.seed, "realism", pair.kind, pair.name, draw))
-        for draw in range(draws)
-        for index, pair in enumerate(pairs)
-    ]
-    faces = {pair.name: number for number, pair in enumerate(pairs)}
-    dataset = ru.FaceRestorationGANDataset(pairs, settings)
+    dataset = ru.FaceRestorationGANDataset(pairs, run.settings)
+    wanted = [(draw, number) for draw in range(draws) for number in range(len(pairs))]
     batches: dict[str, list[Crops]] = {}
-    for degraded, original, info in DataLoader(dataset, settings.pretrain_batch, sampler=items):
+    for start in range(0, len(wanted), run.settings.pretrain_batch):
+        chosen = wanted[start : start + run.settings.pretrain_batch]
+        items = [dataset[n] if draws == 1 else damaged_anew(pairs[n], draw, run.settings) for draw, n in chosen]
+        degraded, original = (torch.stack(images) for images in list(zip(*items))[:2])
         images = {"original": original, "degraded": degraded}
         for name, restored in restore_all(generators, degraded, run).items():
             images[name] = ru.to_pixels(restored) / 127.5 - 1  # to 8 bits, as the others
-        face = torch.tensor([faces[name] for name in info["name"]])
-        for name, crops in damaged_crops(images, info["hole"], face).items():
+        hole = torch.stack([info["hole"] for _, _, info in items])
+        for name, crops in damaged_crops(images, hole, torch.tensor([n for _, n in chosen])).items():
             batches.setdefault(name, []).append(crops)
     return {name: Crops(*(torch.cat(parts) for parts in zip(*crops))) for name, crops in batches.items()}
 
@@ -404,10 +410,17 @@ def load_generators(run: ru.Run) -> dict[str, nn.Module]:
 
 def main() -> None:
     """Measures the weights in the outputs folder with the settings that they were trained with."""
-    if len(sys.argv) > 1:
-        os.environ["OUTPUT_DIR"] = sys.argv[1]
+    parser = argparse.ArgumentParser(description="Tables of notebook 06. FACES_DIR as for the training.")
+    parser.add_argument("outputs", nargs="?", help="folder with the weights (default: OUTPUT_DIR, else outputs/)")
+    given = parser.parse_args().outputs
+    if given and not Path(given).is_dir():
+        parser.error(f"{given} is not a folder")
+    if given:
+        os.environ["OUTPUT_DIR"] = str(Path(given).resolve())
     places, device = ru.find_places(), ru.choose_device()
     final = places.outputs / "face_restoration_generator_final.pth"
+    if not final.is_file():
+        parser.error(f"{final} is missing: run notebook 05_train_gan first, it writes it")
     content = ru.load_checkpoint(final)
     fields = {field.name for field in dataclasses.fields(ru.Settings)}
     settings = ru.Settings(**{name: value for name, value in content["settings"].items() if name in fields})
