@@ -32,6 +32,19 @@ def test_profiles_are_chosen_by_device_or_name():
         ru.choose_settings(torch.device("cpu"), {"RESTORATION_PROFILE": "fast"})
 
 
+def test_switches_are_1_or_0_and_nothing_else():
+    cpu = torch.device("cpu")
+    assert [ru.choose_settings(cpu, {"RESTORATION_PLAIN": value}).plain for value in ("1", "0", "")] == [
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(ValueError, match="RESTORATION_PLAIN is 'yes'"):
+        ru.choose_settings(cpu, {"RESTORATION_PLAIN": "yes"})
+    with pytest.raises(ValueError, match="RESTORATION_STRICT is 'true'"):
+        ru.check("anything", True, TINY, {"RESTORATION_STRICT": "true"})
+
+
 def test_places_on_a_made_up_kaggle_and_with_overrides(tmp_path):
     (tmp_path / "kaggle" / "input").mkdir(parents=True)
     (tmp_path / "kaggle" / "working").mkdir()

@@ -183,3 +183,13 @@ def test_measuring_has_every_method_and_summarises_paired_gains(run, pairs):
     assert telea["gain"][0] == pytest.approx(difference) and telea["psnr_inside"] is not None
     assert summary["clean"]["degraded"]["psnr"] is None  # infinite: nothing to write into JSON
     assert measure.tune_non_local_means(pairs, run.settings, 3) in measure.STRENGTHS
+
+
+def test_the_command_names_what_is_missing_and_makes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUTPUT_DIR", "")
+    for given, said in ((tmp_path / "nowhere", "not a folder"), (tmp_path, "05_train_gan")):
+        monkeypatch.setattr("sys.argv", ["measure.py", str(given)])
+        with pytest.raises(SystemExit) as end:
+            measure.main()
+        assert end.value.code == 2 and said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -60,6 +60,10 @@ def test_bootstrap_interval_covers_the_normal_one():
     assert low == pytest.approx(mean - half, abs=0.02) and high == pytest.approx(mean + half, abs=0.02)
 
 
+def test_one_value_has_no_bounds():
+    assert ru.mean_interval([3.0]) == (3.0, -np.inf, np.inf)
+
+
 def test_comparison_restores_the_mode_and_saves(run, pairs):
     generator = ru.build_generator(TINY).train()
     figure = ru.compare_results(generator, pairs, run, run.outputs / "comparison_batch_x.png")
