@@ -29,18 +29,21 @@ import shutil
 import sys
 import time
 import uuid
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,9 +113,7 @@ class Settings:
     gan_betas: tuple[float, float] = (0.5, 0.999)  # Radford et al. 2016
     gan_lr_step: int = 25  # epochs
     l1_weight: float = 100.0
-    shift: int = (
-        8  # px: the discriminator sees pairs rolled by 0 to 7 of them, its total stride less one; 0: as they are
-    )
+    shift: int = 8  # px, the discriminator's total stride: it sees pairs rolled by fewer than that; 0: as they are
     every_second_batch_after: int = 10  # epochs; from then on the generator is trained on every second batch only
     checkpoint_every: int = 10  # epochs
 
@@ -239,6 +240,9 @@ def check(claim: str, holds: bool, settings: Settings, environ: Mapping[str, str
     print(f"holds: {claim}" if holds else f"DOES NOT HOLD in this run (profile {settings.profile}): {claim}")
 
 
+PARTIAL = ".partial-"  # how the names of files begin that are not yet whole
+
+
 def derive_seed(*parts: object) -> int:
     """A 64-bit seed from what it is for: (seed, kind, file name) of a degraded file, (seed, stage, epoch) of an epoch.
 
@@ -252,15 +256,44 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to, and renames it when that succeeded.
 
     Whoever reads `path` finds the old file or the whole new one, never half of it. The suffix is kept, since
-    savefig chooses the format by it.
+    savefig chooses the format by it. Raises OSError, naming `path` and the room that is left, if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        room = next(shutil.disk_usage(p).free for p in path.parents if p.is_dir())
+        raise OSError(
+            f"{path} could not be written ({str(error).splitlines()[0]}; {room / 1e6:.0f} MB are free there). What was "
+            "there before is kept; make room, or set OUTPUT_DIR, and run this again"
+        ) from error
+
+
+@contextlib.contextmanager
+def alone_in(*folders: Path) -> Iterator[None]:
+    """Only one run at a time gets into this block with a folder; leftovers of a killed one are swept out first.
+
+    The lock is the operating system's and ends with its holder, however that dies. Raises RuntimeError, at once, if
+    another run holds one of the folders. Those that do not exist are left out.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in filter(Path.is_dir, folders):
+            try:
+                stack.enter_context(FileLock(folder / ".lock", timeout=0))
+            except Timeout as error:
+                raise RuntimeError(
+                    f"another run is writing to {folder}. Wait until it has ended, or set OUTPUT_DIR"
+                ) from error
+            for leftover in folder.glob(f"{PARTIAL}*"):
+                with contextlib.suppress(FileNotFoundError):  # what is being written now is younger than a minute
+                    if time.time() - leftover.stat().st_mtime > 60:
+                        leftover.unlink()
+        yield
 
 
 def copy_file(source: Path, destination: Path) -> None:
@@ -271,8 +304,8 @@ def copy_file(source: Path, destination: Path) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Writes `content` as JSON, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)  # piece by piece: as one string, a long one would take as much again
 
 
 class _CellLine(io.TextIOBase):
@@ -310,7 +343,8 @@ def progress(label: str, total: int, unit: str, initial: int = 0):
 
 KINDS = ("noisy", "color", "occluded")  # of degradation, and the suffixes of their files
 MANIFEST = "degraded_manifest.json"  # lies in every folder of degraded images and says what made them
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # pictures for others
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -329,6 +363,7 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path}: the file is empty")
     if content[:2] == b"\xff\xd8" and _is_truncated_jpeg(content):
         raise ValueError(f"{path}: the JPEG is truncated")
+    _refuse_bomb(path, content)
     try:  # what cv2.imread does, but on Windows that cannot open a path that is not ASCII
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
@@ -336,6 +371,15 @@ def read_image(path: str | Path) -> np.ndarray:
     if image is None:
         raise ValueError(f"{path}: not an image that OpenCV can read")
     return image
+
+
+def _refuse_bomb(path: str | Path, content: bytes) -> None:
+    """Raises ValueError if the header promises over 179 megapixels (PIL's limit): kilobytes may unpack to gigabytes."""
+    try:
+        with contextlib.suppress(OSError, SyntaxError):  # what PIL cannot read, OpenCV may
+            Image.open(io.BytesIO(content)).close()
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: too many pixels ({error})") from error
 
 
 def _is_truncated_jpeg(content: bytes) -> bool:
@@ -377,20 +421,32 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpe
         content.tofile(temporary)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """All image files below `folder`, sorted by relative path; hidden ones and our own degraded copies left out."""
-    found = []
-    for parent, folders, names in os.walk(folder):  # does not follow links, so a loop of them is no trap
-        folders[:] = [f for f in folders if not f.startswith(".") and not (Path(parent) / f / MANIFEST).exists()]
-        found += [Path(parent, n) for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
-    known = {path.with_suffix("") for path in found}
+def list_images(folder: Path, refused: dict[str, str] | None = None) -> list[str]:
+    """All image files below `folder`, as sorted relative paths; hidden ones and our own degraded copies left out.
 
-    def is_degraded(path: Path) -> bool:
-        """Whether it is called x_noisy.jpg, say, where x.jpg lies beside it."""
-        stem, _, kind = path.stem.rpartition("_")
-        return kind in KINDS and path.with_name(stem) in known
+    Folders that cannot be looked into, and formats that are not read, are noted in `refused` with the reason. Strings,
+    since Paths take five times the memory.
+    """
+    found, refused = [], {} if refused is None else refused
 
-    return sorted((path for path in found if not is_degraded(path)), key=lambda p: p.relative_to(folder).as_posix())
+    def refuse(error: OSError) -> None:
+        """Without this, os.walk would leave the folder out and say nothing."""
+        refused[f"{Path(error.filename).relative_to(folder).as_posix()}/"] = error.strerror
+
+    unread: Counter[str] = Counter()
+    for parent, folders, names in os.walk(folder, onerror=refuse):  # does not follow links: no trap in a loop of them
+        folders[:] = [f for f in folders if not f.startswith(".") and not Path(parent, f, MANIFEST).exists()]
+        inner = Path(parent).relative_to(folder)
+        images = [n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
+        stems = {Path(name).stem for name in images}
+        for name in images:  # x_noisy.jpg is a degraded copy where x.jpg lies beside it
+            stem, _, kind = Path(name).stem.rpartition("_")
+            if not (kind in KINDS and stem in stems):
+                found.append((inner / name).as_posix())
+        unread.update(s for s in (Path(n).suffix.lower() for n in names) if s in UNREAD_SUFFIXES)
+    for suffix, number in unread.items():
+        refused[f"{number} files {suffix}"] = "OpenCV does not read them; convert them to JPEG"
+    return sorted(found)
 
 
 # Synthetic portraits. Shapes are in head units: x right, y down from between the eyes, the chin at y = 1. Everyone is
@@ -856,15 +912,20 @@ def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
 
 
 class Faces(NamedTuple):
-    """The originals in use: their folder, what they are in words, and the files in a fixed order."""
+    """The originals in use: their folder, what they are in words, and their names in a fixed order.
+
+    A name, by which an original is called everywhere, is its path relative to the folder.
+    """
 
     folder: Path
     source: str
-    files: list[Path]
+    names: list[str]
+    refused: Mapping[str, str] = MappingProxyType({})  # folders that could not be looked into, and why
 
-    def name(self, path: Path) -> str:
-        """How an original is called everywhere, whatever folder it lies in: its path relative to the faces folder."""
-        return path.relative_to(self.folder).as_posix()
+    @property
+    def files(self) -> list[Path]:
+        """The originals as paths."""
+        return [self.folder / name for name in self.names]
 
 
 def _faces_folder(settings: Settings, places: Places, environ: Mapping[str, str]) -> tuple[Path, str]:
@@ -896,11 +957,20 @@ def find_faces(settings: Settings, places: Places, environ: Mapping[str, str] = 
     Raises FileNotFoundError if the folder holds no images.
     """
     folder, source = _faces_folder(settings, places, environ)
-    files = list_images(folder)
-    if not files:
-        raise FileNotFoundError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder} or its subfolders")
-    used = files[: settings.max_faces]
-    return Faces(folder, source + (f", the first {len(used)} of {len(files)}" if len(used) < len(files) else ""), used)
+    refused: dict[str, str] = {}
+    names = list_images(folder, refused)
+    if places.outputs == folder:
+        raise ValueError(f"the faces and the outputs are in the same folder, {folder}: choose another OUTPUT_DIR")
+    if places.outputs.is_relative_to(folder):  # results are no faces to learn from
+        results = places.outputs.relative_to(folder).as_posix() + "/"
+        names = [name for name in names if not name.startswith(results)]
+    if not names:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in refused.items())
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise FileNotFoundError(f"no images ({suffixes}) in {folder} or its subfolders{reasons}")
+    used = names[: settings.max_faces]
+    source += f", the first {len(used)} of {len(names)}" if len(used) < len(names) else ""
+    return Faces(folder, source, used, refused)
 
 
 # ======================================================================================================================
@@ -1001,82 +1071,90 @@ def _recipe(settings: Settings) -> dict:
 
 
 def _output_stems(faces: Faces) -> dict[str, str]:
-    """The file stem of every original's degraded copies; where a stem is not unique a short hash of the path is added.
+    """By the originals' names, the file stem of their degraded copies; a short hash is added where it is not unique.
 
     Otherwise a.jpg and a.png, or one/a.jpg and two/a.jpg, would overwrite each other's copies.
     """
-    count = Counter(path.stem.casefold() for path in faces.files)
-    stems = {}
-    for path in faces.files:
-        name = faces.name(path)
-        unique = count[path.stem.casefold()] == 1
-        stems[name] = path.stem if unique else f"{path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    stems = {name: PurePosixPath(name).stem for name in faces.names}
+    count = Counter(map(str.casefold, stems.values()))
+    for name, stem in stems.items():
+        if count[stem.casefold()] > 1:
+            stems[name] = f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return stems
 
 
-def _read_manifest(folder: Path, settings: Settings) -> dict[str, dict]:
-    """The entries of a degraded folder by the originals' names; empty if other settings made it or it has none."""
+def _copies(folder: Path, stem: str) -> list[Path]:
+    """The degraded copies of an original."""
+    return [folder / f"{stem}_{kind}.jpg" for kind in KINDS]
+
+
+def _read_manifest(folder: Path, settings: Settings) -> dict[str, list[str]]:
+    """By the originals' names: the content's hash, the stem of the copies and, if there are none, why.
+
+    Empty if other settings made the folder, or it has no manifest.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        with (folder / MANIFEST).open(encoding="utf-8") as file:
+            manifest = json.load(file)
         return manifest["originals"] if manifest["recipe"] == _recipe(settings) else {}
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return {}  # nothing is lost by that: degraded images are made again from their seeds
 
 
-def _write_manifest(folder: Path, settings: Settings, originals: dict[str, dict]) -> None:
+def _write_manifest(folder: Path, settings: Settings, originals: dict[str, list[str]]) -> None:
     """Records what was made in `folder`, and by which recipe."""
     write_json(folder / MANIFEST, {"recipe": _recipe(settings), "originals": originals})
 
 
-def _hash(path: Path) -> str | None:
-    """SHA-256 of a file's content; None if it cannot be read."""
+def _hash(path: Path) -> str:
+    """SHA-256 of a file's content, 32 hexadecimal digits of it; empty if it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     except OSError:
-        return None
+        return ""
 
 
-def _unfinished(faces: Faces, folder: Path, settings: Settings, pool: ThreadPoolExecutor) -> list[Path]:
-    """The originals whose degraded copies are missing from `folder` or were made from something else."""
+def _unfinished(faces: Faces, folder: Path, settings: Settings, pool: ThreadPoolExecutor) -> list[str]:
+    """The names of originals whose degraded copies are missing from `folder` or were made from something else."""
     manifest, stems = _read_manifest(folder, settings), _output_stems(faces)
 
-    def is_done(path: Path) -> bool:
+    def is_done(name: str) -> bool:
         """Whether the manifest names this very file, and its copies are there or it could not be read then."""
-        entry = manifest.get(name := faces.name(path))
-        if not entry or entry["sha256"] != _hash(path):
+        was, stem, *failed = manifest.get(name, ("", ""))
+        if was != _hash(faces.folder / name) or not (was or failed):
             return False
-        whole = entry["files"] == [f"{stems[name]}_{kind}.jpg" for kind in KINDS]
-        return "failed" in entry or (whole and all((folder / file).exists() for file in entry["files"]))
+        return bool(failed) or (stem == stems[name] and all(path.exists() for path in _copies(folder, stem)))
 
-    return [path for path, done in zip(faces.files, pool.map(is_done, faces.files)) if not done]
+    parts = [faces.names[start : start + 500] for start in range(0, len(faces.names), 500)]  # futures take memory, too
+    return [name for part in parts for name, done in zip(part, pool.map(is_done, part)) if not done]
 
 
-def _estimate_bytes(files: Sequence[Path]) -> int:
-    """About how much the degraded copies will take, from the sizes in up to 50 file headers.
+def _estimate_bytes(sample: Sequence[Path]) -> float:
+    """About how much the degraded copies of one original will take, from the sizes in the headers of some.
 
     At quality 95 and 4:4:4 a noisy image takes about 1.7 bytes a pixel and the two others about 0.5 each.
     """
     pixels = []
-    for path in files[:: max(1, len(files) // 50)]:
+    for path in sample:
         with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
             pixels.append(image.width * image.height)
-    return int(2.7 * len(files) * sum(pixels) / max(1, len(pixels)))
+    return 2.7 * sum(pixels) / max(1, len(pixels))
 
 
-def _check_space(files: Sequence[Path], folder: Path) -> None:
-    """Raises OSError before the work begins if its result will not fit on the disk."""
-    needed, room = _estimate_bytes(files), shutil.disk_usage(folder).free
+def _check_space(sample: Sequence[Path], count: int, folder: Path) -> None:
+    """Raises OSError before the work begins if the copies of `count` originals like those of `sample` will not fit."""
+    needed, room = count * _estimate_bytes(sample), shutil.disk_usage(folder).free
     if folder.parent.parts[-2:] == ("kaggle", "working"):  # Kaggle keeps 20 GB of it, however large the disk is
         room = min(room, 20 * 10**9 - sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file()))
     if needed > room:
         raise OSError(
-            f"the degraded images of {len(files)} originals need about {needed / 1e9:.1f} GB, {folder} has room for "
+            f"the degraded images of {count} originals need about {needed / 1e9:.1f} GB, {folder} has room for "
             f"{room / 1e9:.1f}; free some, or use fewer originals (max_faces in the settings)"
         )
 
 
 class DegradeReport(NamedTuple):
-    """What `degrade_folder` did: originals degraded now, those found done, and those unreadable with the reason."""
+    """What `degrade_folder` did: originals degraded now, those found done, and what could not be read and why."""
 
     made: int
     kept: int
@@ -1091,60 +1169,67 @@ class DegradeReport(NamedTuple):
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.failed.items()])
 
 
-def _degrade_file(path: Path, faces: Faces, stem: str, folder: Path, settings: Settings) -> dict:
+def _degrade_file(name: str, faces: Faces, stem: str, folder: Path, settings: Settings) -> list[str]:
     """Writes the degraded versions of one original and returns its manifest entry, which says if that failed."""
-    files = [f"{stem}_{kind}.jpg" for kind in KINDS]
+    path = faces.folder / name
     try:
         image = read_image(path)
-        for kind, file in zip(KINDS, files):
-            rng = np.random.default_rng(derive_seed(settings.seed, kind, faces.name(path)))
-            write_image(folder / file, degrade(image, kind, rng, settings), settings.jpeg_quality)
+        for kind, copy in zip(KINDS, _copies(folder, stem)):
+            rng = np.random.default_rng(derive_seed(settings.seed, kind, name))
+            write_image(copy, degrade(image, kind, rng, settings), settings.jpeg_quality)
     except ValueError as error:
-        return {"sha256": _hash(path), "files": [], "failed": str(error).removeprefix(f"{path}: ")}
-    return {"sha256": _hash(path), "files": files}
+        return [_hash(path), stem, str(error).removeprefix(f"{path}: ")]
+    return [_hash(path), stem]
 
 
 def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int | None = None) -> DegradeReport:
     """Writes the three degraded versions of every original to `folder`, in parallel, and a manifest of what made them.
 
     The bytes depend on the original, its name and the settings only. What the manifest says is done is not made again,
-    so a second run does nothing and an interrupted one goes on. Originals are never touched.
+    so a second run does nothing and an interrupted or killed one goes on. Originals are never touched.
 
-    Raises OSError if the result will not fit on the disk, ValueError if no original could be read.
+    Raises OSError if the result will not or does not fit on the disk, ValueError if no original could be read,
+    RuntimeError if there is something to do and another run is writing to the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # threads: OpenCV and NumPy release the lock
-        todo = _unfinished(faces, folder, settings, pool)
-        manifest = _degrade_files(todo, faces, folder, settings, pool) if todo else _read_manifest(folder, settings)
-    failed = {n: manifest[n]["failed"] for n in sorted(map(faces.name, faces.files)) if "failed" in manifest[n]}
-    if len(failed) == len(faces.files):
+        made = set(_unfinished(faces, folder, settings, pool))
+        if made:
+            with alone_in(folder):
+                made = set(_unfinished(faces, folder, settings, pool))  # another run may have made them meanwhile
+                _degrade_files([name for name in faces.names if name in made], faces, folder, settings, pool)
+    manifest = _read_manifest(folder, settings)
+    failed = {name: manifest[name][2] for name in faces.names if len(manifest[name]) > 2}
+    if len(failed) == len(faces.names):
         raise ValueError("\n  ".join(["no original could be read:", *(f"{n}: {why}" for n, why in failed.items())]))
-    made = len({faces.name(path) for path in todo} - set(failed))
-    return DegradeReport(made, len(faces.files) - len(failed) - made, failed)
+    made -= failed.keys()
+    return DegradeReport(len(made), len(faces.names) - len(failed) - len(made), {**faces.refused, **failed})
 
 
-def _degrade_files(
-    todo: list[Path], faces: Faces, folder: Path, settings: Settings, pool: ThreadPoolExecutor
-) -> dict[str, dict]:
-    """Degrades the originals of `todo` and returns the manifest, which is written however this ends."""
-    _check_space(todo, folder)
+def _degrade_files(todo: list[str], faces: Faces, folder: Path, settings: Settings, pool: ThreadPoolExecutor) -> None:
+    """Degrades the originals of `todo` and keeps the manifest up to date, however this ends."""
+    _check_space([faces.folder / name for name in todo[:: max(1, len(todo) // 50)]], len(todo), folder)
     manifest, stems = _read_manifest(folder, settings), _output_stems(faces)
-    redo = {faces.name(path) for path in todo}  # forgotten before their files are replaced
-    replaced = {f"{stems[name]}_{kind}.jpg" for name in redo for kind in KINDS}
-    manifest = {n: e for n, e in manifest.items() if n not in redo and not replaced & set(e["files"])}
+    replaced = {stems[name] for name in todo}
+    for name in [n for n, entry in manifest.items() if n in stems.keys() & set(todo) or entry[1] in replaced]:
+        del manifest[name]  # forgotten before its files are replaced
     _write_manifest(folder, settings, manifest)
-    futures = {pool.submit(_degrade_file, p, faces, stems[faces.name(p)], folder, settings): p for p in todo}
+    waiting, running = iter(todo), {}
     try:
         with progress("degrading", len(todo), "original") as bar:
-            for number, future in enumerate(as_completed(futures), 1):
-                manifest[faces.name(futures[future])] = future.result()
+            for number in range(1, len(todo) + 1):
+                while len(running) < 64 and (name := next(waiting, None)):  # all at once, they would fill the memory
+                    running[pool.submit(_degrade_file, name, faces, stems[name], folder, settings)] = name
+                done = next(as_completed(running))
+                manifest[running[done]] = done.result()
+                del running[done]
                 bar.update()
                 if number % 500 == 0:  # a killed process then has little to do again
                     _write_manifest(folder, settings, manifest)
     finally:
         pool.shutdown(cancel_futures=True)
-        _write_manifest(folder, settings, manifest)
-    return manifest
+        done = {name: f.result() for f, name in running.items() if not (f.cancelled() or f.exception())}
+        _write_manifest(folder, settings, manifest | done)
 
 
 # ======================================================================================================================
@@ -1153,13 +1238,26 @@ def _degrade_files(
 
 
 class Pair(NamedTuple):
-    """A degraded image and its original: two files, the kind of damage, and what the report and the mask need."""
+    """A degraded image and its original: the kind of damage, the original's name, and where both lie.
 
-    degraded: Path
-    original: Path
+    Of the kind `clean`, the degraded image is the original itself.
+    """
+
     kind: str
-    name: str  # of the original
+    name: str
     original_hash: str
+    folder: Path  # of the originals
+    copies: str  # of which the degraded images' paths begin with
+
+    @property
+    def original(self) -> Path:
+        """The original file."""
+        return self.folder / self.name
+
+    @property
+    def degraded(self) -> Path:
+        """The degraded file."""
+        return self.original if self.kind == "clean" else Path(f"{self.copies}_{self.kind}.jpg")
 
 
 def prepare_pairs(
@@ -1180,13 +1278,21 @@ def prepare_pairs(
         report(f"Degraded images: those attached in {folder}")
     else:
         report(f"Degraded images: {degrade_folder(faces, folder, settings)}")
-    manifest = _read_manifest(folder, settings)
-    return [
-        Pair(folder / file, path, kind, name, manifest[name]["sha256"])
-        for path in faces.files
-        if (name := faces.name(path)) in manifest
-        for kind, file in zip(KINDS, manifest[name]["files"])
-    ]
+    pairs, manifest = [], _read_manifest(folder, settings)
+    for name in faces.names:
+        content, stem, *failed = manifest.pop(name)  # popped: many originals are never in memory twice
+        if not failed:
+            copies = f"{folder}/{stem}"
+            pairs += [Pair(kind, name, content, faces.folder, copies) for kind in KINDS]
+    return pairs
+
+
+def require_unchanged(pairs: Sequence[Pair], settings: Settings) -> None:
+    """Raises ValueError if the degraded images of `pairs` have been replaced since, by another run in their folder."""
+    manifests = {folder: _read_manifest(folder, settings) for folder in {pair.degraded.parent for pair in pairs}}
+    for pair in pairs:
+        if manifests[pair.degraded.parent].get(pair.name, [""])[0] != pair.original_hash:
+            raise ValueError(f"{pair.degraded} has been replaced by another run since: run this notebook again")
 
 
 def faces_id(pairs: Sequence[Pair]) -> str:
@@ -1304,8 +1410,11 @@ def make_loader(
 ) -> DataLoader:
     """A loader of (degraded, original, info) batches; with `stage` a training loader, shuffled anew every epoch.
 
-    Workers and pinned memory only for a GPU: on the CPU they would take the cores from the training itself.
+    Workers and pinned memory only for a GPU: on the CPU they would take the cores from the training itself. Raises
+    ValueError if there are no pairs.
     """
+    if not pairs:
+        raise ValueError("no pairs to load: both training and validation need at least one")
     on_gpu = device.type == "cuda"
     workers = min(4, os.cpu_count() or 1) if on_gpu else 0
     sampler = EpochSampler(len(pairs), settings, stage) if stage else None
@@ -1624,7 +1733,11 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
 # Checkpoints
 # ======================================================================================================================
 
-CHECKPOINT_FORMAT = "face-restoration-2"
+CHECKPOINT_FORMAT = "face-restoration-3"
+_CONTENT = {
+    "format", "settings", "faces", "start", "epoch", "history", "generator", "discriminator", "average", "optimizer",
+    "scheduler", "optimizer_g", "optimizer_d", "scheduler_g", "scheduler_d",
+}  # fmt: skip
 _MAY_CHANGE = {"pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "sample_every", "sample_faces"}
 _GAN_ONLY = {
     "gan_batch", "generator_lr", "discriminator_lr", "gan_betas", "gan_lr_step", "l1_weight", "shift",
@@ -1651,24 +1764,47 @@ def save_checkpoint(path: Path, run: Run, **content: object) -> None:
     """Saves tensors, numbers, strings and containers of them atomically, with what made them: settings and faces."""
     made_by = {"format": CHECKPOINT_FORMAT, "settings": asdict(run.settings), "faces": run.faces, "start": run.start}
     with atomic(path) as temporary:
-        torch.save(made_by | content, temporary)
+        try:
+            torch.save(made_by | content, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(error) from error
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """Loads one of this project's checkpoints. No code in it is ever run (`weights_only`).
+    """Loads one of this project's checkpoints, wherever it comes from. No code in it is ever run (`weights_only`).
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours or damaged.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours or damaged: also if it would
+    unpack to more than its size, holds things that no checkpoint of ours does, or weights that are not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save does not compress
+            if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+                raise ValueError("it would unpack to more than its size")
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # whatever the unpickler or the zip reader trips over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a checkpoint of this project, or damaged ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this project (format {CHECKPOINT_FORMAT})")
+    if strange := content.keys() - _CONTENT:
+        raise ValueError(f"{path}: holds {', '.join(sorted(map(str, strange)))}, which no checkpoint of ours does")
+    if not isinstance(content.get("settings"), dict):
+        raise ValueError(f"{path}: does not say what settings made it")
+    for network in ("generator", "discriminator", "average"):
+        weights = content.get(network, {})
+        tensors = [t for t in weights.values() if isinstance(t, Tensor)] if isinstance(weights, dict) else []
+        if len(tensors) < len(weights) or sum(t.nbytes for t in tensors) > Path(path).stat().st_size:
+            raise ValueError(f"{path}: its {network} is none, or claims to be larger than the file")
+        if bad := not_finite(weights):
+            raise ValueError(f"{path}: the {network} has weights that are not finite ({', '.join(bad)})")
     return content
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors in a network's state_dict that are not finite everywhere."""
+    return [name for name, value in weights.items() if not value.isfinite().all()]
 
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNetGenerator:
@@ -1680,9 +1816,15 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNet
     if "generator" not in content:
         raise ValueError(f"{path}: a checkpoint of this project, but without a generator")
     try:
-        generator = build_generator(Settings(**content["settings"]))
+        settings = Settings(**content["settings"])
+        with torch.device("meta"):  # takes no memory, whatever width the file claims
+            expected = UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain).state_dict()
+        shapes = {name: tuple(value.shape) for name, value in content["generator"].items()}
+        if shapes != {name: tuple(value.shape) for name, value in expected.items()}:
+            raise ValueError("its weights do not fit the width and architecture that it claims")
+        generator = build_generator(settings)
         generator.load_state_dict(content["generator"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: made by another version of this project ({str(error).splitlines()[0]})") from error
     return generator.to(device).eval()
 
@@ -1732,25 +1874,68 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
         )
 
 
-def prepare_stage(stage: str, result: str, files: Sequence[str], run: Run, ignore: Iterable[str] = ()) -> None:
-    """Makes sure that a stage can begin or go on in the outputs.
+def _load_newest(last: Path) -> dict:
+    """The content of `<stage>_last.pth` or, if that is damaged, of the checkpoint of the epoch before."""
+    try:
+        return load_checkpoint(last)
+    except ValueError as error:
+        previous = last.with_name(last.name.replace("_last", "_previous"))
+        if not previous.is_file():
+            raise
+        print(f"WARNING: {error}. Going on from {previous.name}, an epoch earlier")
+        return load_checkpoint(previous)
 
-    If only something attached holds its `<stage>_last.pth` (an earlier Kaggle session), that is copied to the outputs,
-    with the file `result` and the patterns `files`. Raises ValueError if another run made what is there.
+
+def save_training(stage: str, run: Run, parts: Mapping[str, Any], history: list[dict]) -> None:
+    """Saves the state of all `parts` as `<stage>_last.pth`, to go on from; the one before stays as `_previous.pth`."""
+    last, previous = run.outputs / f"{stage}_last.pth", run.outputs / f"{stage}_previous.pth"
+    if last.is_file():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(last, previous)  # a second name for the same file: at no moment is there none
+        except OSError:  # not every file system has that
+            copy_file(last, previous)
+    save_checkpoint(last, run, history=history, **{name: part.state_dict() for name, part in parts.items()})
+
+
+@contextlib.contextmanager
+def training_stage(
+    stage: str, result: str, files: Sequence[str], run: Run, parts: Mapping[str, Any], ignore: Iterable[str] = ()
+) -> Iterator[list[dict]]:
+    """Lets a stage begin or go on in the outputs, with no other run beside it; yields its history so far.
+
+    The newest `<stage>_last.pth` is loaded into `parts`, all that has a state. If only something attached holds one (an
+    earlier Kaggle session), that is copied to the outputs, with the file `result` and the patterns `files`. Raises
+    ValueError if another run made what is there, RuntimeError if one is at work there.
     """
-    last = find_artifact(f"{stage}_last.pth", run)
-    for path in (run.outputs / result, last):
-        if path and path.is_file():
-            check_same_run(path, load_checkpoint(path), run, ignore)
-    if last and last.parent != run.outputs:
-        for path in [p for pattern in (*files, result, last.name) for p in sorted(last.parent.glob(pattern))]:
-            copy_file(path, run.outputs / path.name)
-        print(f"{stage}: going on from what is attached in {last.parent}")
+    run.outputs.mkdir(parents=True, exist_ok=True)
+    with alone_in(run.outputs, run.places.degraded):
+        history: list[dict] = []
+        if (run.outputs / result).is_file():
+            check_same_run(run.outputs / result, load_checkpoint(run.outputs / result), run, ignore)
+        if last := find_artifact(f"{stage}_last.pth", run):
+            content = _load_newest(last)  # to the CPU, where Adam's step counts stay; the rest follows its part
+            check_same_run(last, content, run, ignore)
+            if last.parent != run.outputs:
+                for path in [p for pattern in (*files, result) for p in sorted(last.parent.glob(pattern))]:
+                    copy_file(path, run.outputs / path.name)
+                print(f"{stage}: going on from what is attached in {last.parent}")
+            for name, part in parts.items():
+                part.load_state_dict(content[name])
+            history = content["history"]
+            del content
+        yield history
 
 
 # ======================================================================================================================
 # Pretraining
 # ======================================================================================================================
+
+
+ADVICE = (  # for who has losses that are not finite
+    "The checkpoint of the epoch before is kept. Look for damaged images, or lower the learning rate and start anew "
+    "with another OUTPUT_DIR"
+)
 
 
 class Means:
@@ -1773,10 +1958,7 @@ class Means:
         """The means so far. Raises FloatingPointError, saying `where`, if one is not finite."""
         means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
         if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
-            raise FloatingPointError(
-                f"{where}: the loss {', '.join(bad)} is not finite. The checkpoint of the epoch before is kept. "
-                "Look for damaged images, or lower the learning rate and start anew with another OUTPUT_DIR"
-            )
+            raise FloatingPointError(f"{where}: the loss {', '.join(bad)} is not finite. {ADVICE}")
         return means
 
 
@@ -1849,42 +2031,29 @@ def parts_loss(restoration: Restoration, original: Tensor, hole: Tensor) -> Tens
     return recolor + F.binary_cross_entropy_with_logits(restoration.hole, hole) + 10 * fill
 
 
-def _save_training(path: Path, run: Run, parts: Mapping[str, Any], history: list[dict]) -> None:
-    """Saves the state of all `parts`, to go on from."""
-    save_checkpoint(path, run, history=history, **{name: part.state_dict() for name, part in parts.items()})
-
-
-def _resume_training(stage: str, run: Run, parts: Mapping[str, Any]) -> list[dict]:
-    """Loads the stage's last checkpoint, which `prepare_stage` has checked, into `parts`; returns its history."""
-    path = run.outputs / f"{stage}_last.pth"
-    if not path.is_file():
-        return []
-    content = load_checkpoint(path)  # to the CPU: the parts bring it to their device, but Adam's step counts stay there
-    for name, part in parts.items():
-        part.load_state_dict(content[name])
-    return content["history"]
-
-
 def train_epochs(
     stage: str,
     epochs: int,
     run: Run,
     parts: Mapping[str, Any],
     loader: DataLoader,
+    history: list[dict],
     step: Callable[[tuple, int, int], dict[str, Tensor]],
     finish: Callable[[list[dict]], None],
     stop: Callable[[list[dict]], bool] = lambda history: False,
-) -> list[dict]:
-    """The loop around both trainings: resumes, trains epoch by epoch, logs, and saves `<stage>_last.pth` after each.
+) -> None:
+    """The loop around both trainings: trains epoch by epoch, logs, and saves `<stage>_last.pth` after each.
 
-    `parts` is all that has a state; `step(batch, epoch, number)` makes one update and returns its losses; `finish` gets
-    the history (one dict per epoch, the newest last), adds validation to it and saves what the stage saves. An epoch
-    depends on its number and on the state before it only, so a resumed run ends with the same bits (on a CPU: CUDA adds
-    up in no fixed order).
+    `parts` and `history` are those of `training_stage`; `step(batch, epoch, number)` makes one update and returns its
+    losses; `finish` gets the history (one dict per epoch, the newest last), adds validation to it and saves what the
+    stage saves. An epoch depends on its number and on the state before it only, so a resumed run ends with the same
+    bits (on a CPU: CUDA adds up in no fixed order).
+
+    Raises FloatingPointError if a loss or, at the end of an epoch, a weight is not finite.
     """
-    history = _resume_training(stage, run, parts)
     if history:
         print(f"{stage}: {len(history)} of {epochs} epochs were already done")
+        write_json(run.outputs / f"{stage}_history.json", history)  # killed just before it was written?
     first = len(history) + 1
     with progress(stage, epochs * len(loader), "batch", (first - 1) * len(loader)) as bar:
         for epoch in range(first, epochs + 1):
@@ -1900,12 +2069,13 @@ def train_epochs(
                 if number % 20 == 19:
                     means.result(where)
             history.append({"epoch": epoch, **means.result(where)})
+            if bad := [n for n, p in parts.items() if isinstance(p, nn.Module) and not_finite(p.state_dict())]:
+                raise FloatingPointError(f"{where}: weights of the {', '.join(bad)} are not finite. {ADVICE}")
             finish(history)
             history[-1]["seconds"] = time.perf_counter() - started
-            _save_training(run.outputs / f"{stage}_last.pth", run, parts, history)
+            save_training(stage, run, parts, history)
             write_json(run.outputs / f"{stage}_history.json", history)
             print(_epoch_line(history[-1], epochs))
-    return history
 
 
 def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
@@ -1952,9 +2122,6 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
     a loss is not finite.
     """
     s, best = run.settings, run.outputs / "pretrained_generator_best.pth"
-    prepare_stage("pretrain", best.name, ("pretrain_history.json", "pretrain_sample_epoch_*.png"), run, _GAN_ONLY)
-    if (run.outputs / "pretrain_last.pth").is_file() and not best.is_file():
-        raise FileNotFoundError(f"{best} is gone, but pretrain_last.pth is not: move it away, too, to train again")
     generator.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(generator.parameters(), s.pretrain_lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, s.pretrain_lr_step, s.lr_gamma)
@@ -1987,8 +2154,13 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
         return len(history) - best_epoch(history) >= s.patience
 
     parts = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    history = train_epochs("pretrain", s.pretrain_epochs, run, parts, loader, step, finish, stop)
-    generator.load_state_dict(load_checkpoint(best)["generator"])
+    files = ("pretrain_*.pth", "pretrain_history.json", "pretrain_sample_epoch_*.png")
+    with training_stage("pretrain", best.name, files, run, parts, _GAN_ONLY) as history:
+        if history and not best.is_file():
+            raise FileNotFoundError(f"{best} is gone, but pretrain_last.pth is not: move it away, too, to train again")
+        require_unchanged(train + validation, s)
+        train_epochs("pretrain", s.pretrain_epochs, run, parts, loader, history, step, finish, stop)
+        generator.load_state_dict(load_checkpoint(best)["generator"])
     return history
 
 
@@ -2073,7 +2245,6 @@ def train_gan(
     """
     s, final = run.settings, run.outputs / "face_restoration_generator_final.pth"
     run = run._replace(start=load_pretrained(generator, run))
-    prepare_stage("gan", final.name, ("face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png"), run)
     generator.to(run.device, memory_format=torch.channels_last)
     discriminator.to(run.device, memory_format=torch.channels_last)
     optimizer_g = torch.optim.Adam(generator.parameters(), s.generator_lr, s.gan_betas)
@@ -2114,11 +2285,14 @@ def train_gan(
     parts = {"generator": generator, "discriminator": discriminator, "average": average}
     parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
     parts |= {"scheduler_g": schedulers[0], "scheduler_d": schedulers[1]}
-    history = train_epochs("gan", s.gan_epochs, run, parts, loader, step, finish)
-    generator.load_state_dict(average.module.state_dict())
-    for name, network in {"generator": generator, "discriminator": discriminator}.items():
-        weights = {name: network.state_dict(), "epoch": len(history)}
-        save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
+    files = ("gan_*.pth", "face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png")
+    with training_stage("gan", final.name, files, run, parts) as history:
+        require_unchanged(train + validation, s)
+        train_epochs("gan", s.gan_epochs, run, parts, loader, history, step, finish)
+        generator.load_state_dict(average.module.state_dict())
+        for name, network in {"generator": generator, "discriminator": discriminator}.items():
+            weights = {name: network.state_dict(), "epoch": len(history)}
+            save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
     return history
 
 

@@ -133,7 +133,7 @@ def measure(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], stren
     Methods are `degraded` (doing nothing), those of `generators` by name, and the classical ones. The kind `clean` has
     an original on both sides.
     """
-    clean = [pair._replace(degraded=pair.original, kind="clean") for pair in pairs if pair.kind == ru.KINDS[0]]
+    clean = [pair._replace(kind="clean") for pair in pairs if pair.kind == ru.KINDS[0]]
     rows = []
     for kind in (*ru.KINDS, "clean"):
         chosen = [pair for pair in (*pairs, *clean) if pair.kind == kind]

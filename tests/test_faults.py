@@ -1,0 +1,750 @@
+"""What goes wrong outside: killed and doubled runs, full disks, bad pictures, hostile checkpoints, odd numbers."""
+
+import copy
+import dataclasses
+import gc
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+from sabotage import SABOTAGES
+
+import restoration_utils as ru
+
+ROOT = Path(__file__).parents[1]
+DRIVER = """
+import dataclasses, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from conftest import TINY
+import torch
+import restoration_utils as ru
+torch.set_num_threads(1)
+faces_folder, outputs = map(Path, sys.argv[1:3])
+settings = dataclasses.replace(TINY, **(dict(pretrain_epochs=3, gan_epochs=3, gan_lr_step=2) | eval(sys.argv[3])))
+places = ru.Places("test", outputs, outputs / "fakefaces_degraded")
+print("ready", flush=True)
+faces = ru.Faces(faces_folder, "", ru.list_images(faces_folder))
+pairs = ru.prepare_pairs(faces, places, settings, lambda line: None)
+print("degraded", flush=True)
+run, splits = ru.Run(settings, places, torch.device("cpu"), ru.faces_id(pairs)), ru.split_pairs(pairs, settings)
+generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
+ru.pretrain_generator(generator, splits.pretrain_train, splits.pretrain_validation, run)
+print("pretrained", flush=True)
+ru.train_gan(generator, discriminator, splits.gan_train, splits.gan_validation, run)
+print("finished", flush=True)
+"""
+
+
+def start(faces, outputs, changes="{}", **popen):
+    """The whole pipeline on a tiny configuration, in a process of its own that has finished importing."""
+    code = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    command = [sys.executable, "-c", code, str(faces.folder), str(outputs), changes]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    return process
+
+
+def finish(process):
+    """What a process said until its end: exit status, stdout, stderr."""
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def assert_all_files_are_whole(outputs):
+    for path in outputs.rglob("[!.]*.pth"):
+        ru.load_checkpoint(path)
+    for path in outputs.rglob("[!.]*.json"):
+        json.loads(path.read_text())
+    for path in [*outputs.rglob("[!.]*.jpg"), *outputs.rglob("[!.]*.png")]:
+        ru.read_image(path)
+
+
+def states(outputs):
+    """Everything that decides how training goes on and what it leaves, without the time it took."""
+    content = {path.name: ru.load_checkpoint(path) for path in sorted(outputs.glob("[!.]*.pth"))}
+    for checkpoint in content.values():
+        for row in checkpoint.get("history", []):
+            row.pop("seconds")
+    return content
+
+
+def pictures(outputs):
+    """The bytes of all degraded images and samples."""
+    return {path.name: path.read_bytes() for path in [*outputs.rglob("[!.]*.jpg"), *outputs.rglob("[!.]*.png")]}
+
+
+def assert_same(a, b, where=""):
+    """Equal to the last bit, however nested."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for number, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}/{number}")
+    else:
+        assert a == b, where
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Killed, doubled, without room
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_run_again_it_ends_with_the_same_bits(faces, tmp_path):
+    process, started = start(faces, tmp_path / "whole"), time.perf_counter()
+    assert process.stdout.readline() == "degraded\n"
+    degrading = time.perf_counter() - started
+    status, _, err = finish(process)
+    assert status == 0, err
+    seconds, rng = time.perf_counter() - started, random.Random()
+    whole = states(tmp_path / "whole"), pictures(tmp_path / "whole")
+    kills = Counter()  # by the last thing that was done before
+    for number in range(5):  # runs, each killed again and again until it comes to its end
+        outputs = tmp_path / f"killed_{number}"
+        for attempt in range(100):
+            longest = degrading if attempt < 3 else seconds / 2
+            done, err = finish_or_kill(start(faces, outputs), rng.uniform(0, longest))
+            if done == "finished":
+                break
+            kills[done] += 1
+            assert_all_files_are_whole(outputs)
+        assert done == "finished", err
+        assert_same((states(outputs), pictures(outputs)), whole, f"{number}")
+    print(f"killed after {dict(kills)}")
+    assert min(kills[stage] for stage in ("ready", "degraded", "pretrained")) >= 3, kills
+
+
+def finish_or_kill(process, seconds):
+    """What a process has said last within that time, after which it is killed, and its stderr."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+        assert process.returncode == 0, err
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+    said = [line for line in out.split() if line in ("degraded", "pretrained", "finished")]
+    return said[-1] if said else "ready", err
+
+
+def test_the_newest_two_checkpoints_are_kept_and_the_older_one_helps_if_the_newer_is_damaged(run, pairs, capsys):
+    split = ru.split_pairs(pairs, run.settings)
+    settings_of = {n: run._replace(settings=dataclasses.replace(run.settings, pretrain_epochs=n)) for n in (1, 2, 3)}
+
+    def train(epochs):
+        return ru.pretrain_generator(
+            ru.build_generator(run.settings), split.pretrain_train, split.pretrain_validation, settings_of[epochs]
+        )
+
+    train(3)
+    last, previous = run.outputs / "pretrain_last.pth", run.outputs / "pretrain_previous.pth"
+    assert [len(ru.load_checkpoint(path)["history"]) for path in (previous, last)] == [2, 3]
+    whole = ru.load_checkpoint(last)
+    last.write_bytes(last.read_bytes()[:1000])
+    assert len(train(3)) == 3 and "WARNING" in capsys.readouterr().out
+    assert_same(whole["generator"], ru.load_checkpoint(last)["generator"])
+    last.write_bytes(b"")
+    previous.unlink()
+    with pytest.raises(ValueError, match=r"pretrain_last\.pth"):
+        train(3)
+
+
+def test_leftovers_of_killed_runs_are_swept_out_but_not_what_is_being_written(tmp_path):
+    old, new = tmp_path / f"{ru.PARTIAL}1.pth", tmp_path / f"{ru.PARTIAL}2.pth"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    with ru.alone_in(tmp_path):
+        assert not old.exists() and new.exists()
+
+
+def test_a_second_run_over_the_same_outputs_stops_and_a_killed_one_locks_nobody_out(faces, tmp_path):
+    first = start(faces, tmp_path / "o", "{'pretrain_epochs': 500}")
+    while not (tmp_path / "o" / "pretrain_last.pth").exists():
+        assert first.poll() is None
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "o" / "fakefaces_degraded").glob("*.jpg")}
+    status, _, err = finish(start(faces, tmp_path / "o"))  # the same settings: finds the training occupied
+    assert status != 0 and "another run is writing to" in err.splitlines()[-1]
+    status, _, err = finish(start(faces, tmp_path / "o", "{'seed': 1}"))  # would replace its degraded images
+    assert status != 0 and "another run is writing to" in err.splitlines()[-1]
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "o" / "fakefaces_degraded").glob("*.jpg")}
+    first.kill()
+    first.communicate()
+    done = finish(start(faces, tmp_path / "o", "{'pretrain_epochs': 1, 'gan_epochs': 1}"))
+    assert done[0] == 0, done[2]
+
+
+def test_degraded_images_that_another_run_replaced_are_not_trained_on(run, pairs, faces, places):
+    ru.degrade_folder(faces, places.degraded, dataclasses.replace(TINY, seed=1))
+    split = ru.split_pairs(pairs, run.settings)
+    with pytest.raises(ValueError, match="replaced by another run"):
+        ru.pretrain_generator(ru.build_generator(TINY), split.pretrain_train, split.pretrain_validation, run)
+
+
+LIMITED = """
+import resource, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import numpy as np, torch
+import restoration_utils as ru
+from conftest import TINY
+import matplotlib.pyplot as plt
+outputs = Path(sys.argv[1])
+run = ru.Run(TINY, ru.Places("test", outputs, outputs / "d"), torch.device("cpu"), "")
+figure = ru.show_images([[np.random.default_rng(0).random((300, 300, 3))]], ["noise"])
+picture = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+ru.write_json(outputs / "warm.json", [])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)  # what is written beyond fails, as on a full disk
+{{
+    "checkpoint": lambda: ru.save_checkpoint(outputs / "a.pth", run, generator=ru.build_generator(TINY).state_dict()),
+    "figure": lambda: ru.save_figure(figure, outputs / "a.png"),
+    "picture": lambda: ru.write_image(outputs / "a.jpg", picture),
+    "json": lambda: ru.write_json(outputs / "a.json", list(range(10**5))),
+}}[sys.argv[2]]()
+"""
+WRITTEN = {"checkpoint": "a.pth", "figure": "a.png", "picture": "a.jpg", "json": "a.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", WRITTEN)
+def test_a_write_that_fails_at_any_byte_is_named_and_keeps_what_was_there(tmp_path, what):
+    code = LIMITED.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    old = tmp_path / WRITTEN[what]
+    for limit in (1, 5_000, 50_000):
+        old.write_bytes(b"what was there before")
+        command = [sys.executable, "-c", code, str(tmp_path), what, str(limit)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and last.startswith("OSError") and str(old) in last and "MB are free" in last
+        assert old.read_bytes() == b"what was there before"
+        assert not list(tmp_path.glob(f"{ru.PARTIAL}*"))
+
+
+@pytest.mark.parametrize("stage", ["degrading", "training"])
+def test_no_room_in_the_middle_of_a_run_and_then_room_again(run, pairs, faces, tmp_path, monkeypatch, stage):
+    replace, calls = os.replace, []
+
+    def full(source, destination):
+        calls.append(destination)
+        if len(calls) == 6:
+            raise OSError(28, "No space left on device")
+        replace(source, destination)
+
+    split = ru.split_pairs(pairs, run.settings)
+
+    def work(folder):
+        if stage == "degrading":
+            return ru.degrade_folder(faces, folder, TINY, workers=1)
+        moved = run._replace(places=dataclasses.replace(run.places, outputs=folder))
+        network = ru.build_generator(TINY)
+        return ru.pretrain_generator(network, split.pretrain_train, split.pretrain_validation, moved)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"could not be written \(.*No space left"):
+        work(tmp_path / "full")
+    monkeypatch.setattr(os, "replace", replace)
+    assert_all_files_are_whole(tmp_path / "full")
+    assert not list((tmp_path / "full").glob(f"{ru.PARTIAL}*"))
+    work(tmp_path / "full")
+    work(tmp_path / "room")
+    assert_same(states(tmp_path / "full"), states(tmp_path / "room"))
+    names = [{p.name: p.read_bytes() for p in (tmp_path / n).glob("*.jpg")} for n in ("full", "room")]
+    assert names[0] == names[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # RGB 48 x 64
+
+
+def encoded(image, form, **options):
+    """A PIL image as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def rgb():
+    return Image.fromarray(PICTURE)
+
+
+def png_header(width, height):
+    """A PNG that promises many pixels in a few bytes."""
+    content = bytearray(encoded(Image.new("1", (64, 64)), "PNG"))
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zipfile.crc32(bytes(content[12:29])).to_bytes(4, "big")
+    return bytes(content)
+
+
+def rotated(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(rgb(), "JPEG", quality=95, exif=exif)
+
+
+def animated():
+    frames = [rgb().convert("P"), Image.new("P", (64, 48))]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+READABLE = {  # name: content, shape as read
+    "alpha.png": (encoded(rgb().convert("RGBA"), "PNG"), (48, 64)),
+    "palette.png": (encoded(rgb().convert("P"), "PNG"), (48, 64)),
+    "deep.png": (encoded(Image.fromarray(PICTURE[..., 0].astype(np.uint16) * 257), "PNG"), (48, 64)),
+    "bits.png": (encoded(rgb().convert("1"), "PNG"), (48, 64)),
+    "cmyk.jpg": (encoded(rgb().convert("CMYK"), "JPEG"), (48, 64)),
+    "progressive.jpg": (encoded(rgb(), "JPEG", progressive=True), (48, 64)),
+    "web.webp": (encoded(rgb(), "WEBP", lossless=True), (48, 64)),
+    "dot.png": (encoded(Image.new("RGB", (1, 1)), "PNG"), (1, 1)),
+    "strip.png": (encoded(Image.new("RGB", (20_000, 10)), "PNG"), (10, 20_000)),
+    "name with spaces.jpg": (encoded(rgb(), "JPEG"), (48, 64)),
+    "Ảnh cũ – 老照片.jpg": (encoded(rgb(), "JPEG"), (48, 64)),
+    "UPPER.JPG": (encoded(rgb(), "JPEG"), (48, 64)),
+    "deep/er/nested.jpg": (encoded(rgb(), "JPEG"), (48, 64)),
+    "twice.jpg": (encoded(rgb(), "JPEG"), (48, 64)),
+    "twice.png": (encoded(rgb(), "PNG"), (48, 64)),
+    **{f"exif_{o}.jpg": (rotated(o), (48, 64) if o < 5 else (64, 48)) for o in range(1, 9)},
+}
+REFUSED = {  # name: content, what the report says
+    "empty.jpg": (b"", "empty"),
+    "half.jpg": (encoded(rgb(), "JPEG", quality=95)[:-300], "truncated"),
+    "text.jpg": (b"not a picture at all", "not an image"),
+    "bomb.png": (png_header(60_000, 60_000), "too many pixels"),
+}
+
+
+def folder_of(tmp_path, contents):
+    for name, content in contents.items():
+        path = tmp_path / "faces" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return ru.find_faces(TINY, ru.Places("t", tmp_path, tmp_path / "d"), {"FACES_DIR": str(tmp_path / "faces")})
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_a_strange_picture_is_degraded_loaded_and_restored(tmp_path, name):
+    content, shape = READABLE[name]
+    faces = folder_of(tmp_path, {name: content})
+    report = ru.degrade_folder(faces, tmp_path / "d", TINY)
+    assert report == (1, 0, {})
+    assert {ru.read_image(path).shape for path in (tmp_path / "d").glob("*.jpg")} == {(*shape, 3)}
+    pairs = ru.prepare_pairs(faces, ru.Places("t", tmp_path, tmp_path / "d"), TINY)
+    for degraded, original, info in ru.FaceRestorationGANDataset(pairs, TINY):
+        assert degraded.shape == original.shape == (3, 256, 256) and info["hole"].shape == (1, 256, 256)
+    result = ru.restore_image_gan(faces.files[0], tmp_path / "r.png", ru.build_generator(TINY))
+    assert result.shape == (*shape, 3) and result.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_picture_is_one_line_and_the_rest_is_done(tmp_path, name):
+    content, reason = REFUSED[name]
+    faces = folder_of(tmp_path, {name: content, "good.jpg": READABLE["progressive.jpg"][0]})
+    report = ru.degrade_folder(faces, tmp_path / "d", TINY)
+    assert report.made == 1 and list(report.failed) == [name] and reason in report.failed[name]
+    assert len([line for line in str(report).splitlines() if name in line]) == 1
+    assert len(ru.prepare_pairs(faces, ru.Places("t", tmp_path, tmp_path / "d"), TINY)) == 3
+    with pytest.raises(ValueError, match=name) as error:
+        ru.restore_image_gan(tmp_path / "faces" / name, tmp_path / "r.png", ru.build_generator(TINY))
+    assert reason in str(error.value) and not (tmp_path / "r.png").exists()
+
+
+def test_an_animation_is_its_first_picture_or_one_line(tmp_path):
+    faces = folder_of(tmp_path, {"moving.gif": animated(), "good.jpg": READABLE["progressive.jpg"][0]})
+    report = ru.degrade_folder(faces, tmp_path / "d", TINY)
+    if cv2.haveImageReader(str(tmp_path / "faces" / "moving.gif")):  # OpenCV before 4.11 does not read GIF
+        first = Image.open(io.BytesIO(animated())).convert("RGB")
+        assert report.made == 2 and np.array_equal(ru.open_image(faces.files[1]), first)
+    else:
+        assert report.made == 1 and "not an image" in report.failed["moving.gif"]
+
+
+def test_hidden_files_loops_and_closed_folders(tmp_path, monkeypatch):
+    good = READABLE["progressive.jpg"][0]
+    folder_of(tmp_path, {"good.jpg": good, ".hidden.jpg": good, "._good.jpg": good, "closed/inner.jpg": good})
+    (tmp_path / "faces" / "loop").symlink_to(tmp_path / "faces")
+    (tmp_path / "faces" / "itself.jpg").symlink_to(tmp_path / "faces" / "itself.jpg")
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    faces = folder_of(tmp_path, {"one.heic": b"?", "two.HEIC": b"?", "notes.txt": b"?"})
+    assert faces.names == ["good.jpg", "itself.jpg"]
+    report = ru.degrade_folder(faces, tmp_path / "d", TINY)
+    assert report.made == 1 and report.failed["closed/"] == "Permission denied" and "itself.jpg" in report.failed
+    assert "closed/: Permission denied" in str(report) and "2 files .heic" in str(report)
+
+
+def test_missing_halves_of_pairs_and_changed_originals(faces, places, pairs):
+    pairs[4].degraded.unlink()  # made again
+    (places.degraded / "stranger_noisy.jpg").write_bytes(pairs[0].degraded.read_bytes())  # of no original: no pair
+    faces.files[2].unlink()  # its degraded copies are no pairs any more
+    ru.write_image(faces.files[3], np.zeros((64, 64, 3), np.uint8))  # degraded anew
+    fewer = ru.Faces(faces.folder, "", ru.list_images(faces.folder))
+    again = ru.prepare_pairs(fewer, places, TINY)
+    assert {pair.name for pair in again} == set(faces.names) - {"face_2.jpg"} and len(again) == 27
+    assert all(pair.degraded.exists() for pair in again)
+    black = next(pair for pair in again if pair.name == "face_3.jpg" and pair.kind == "color")
+    assert ru.read_image(black.degraded).max() == 0
+
+
+def test_results_below_the_faces_are_not_taken_for_faces(tmp_path):
+    good = READABLE["progressive.jpg"][0]
+    folder_of(tmp_path, {"good.jpg": good, "results/comparison_batch_1.png": good})
+    places = ru.Places("t", tmp_path / "faces" / "results", tmp_path / "d")
+    assert ru.find_faces(TINY, places, {"FACES_DIR": str(tmp_path / "faces")}).names == ["good.jpg"]
+    with pytest.raises(ValueError, match="same folder"):
+        ru.find_faces(TINY, ru.Places("t", tmp_path / "faces", tmp_path), {"FACES_DIR": str(tmp_path / "faces")})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hostile checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.trace),))
+
+
+def repeat_entry(path):
+    """Rewrites an archive so that all its large entries are the same bytes of it: 4 MB that unpack to 160."""
+    with zipfile.ZipFile(path) as whole:
+        kept = {e.filename: whole.read(e) for e in whole.infolist()}
+    large = sorted(name for name, content in kept.items() if len(content) > 10**6)
+    with zipfile.ZipFile(path, "w") as bomb:
+        for name in [n for n in kept if n not in large[1:]]:
+            bomb.writestr(name, kept[name])
+        for name in large[1:]:
+            entry = copy.copy(bomb.getinfo(large[0]))
+            entry.filename = entry.orig_filename = name
+            bomb.filelist.append(entry)
+
+
+def hostile(kind, path, run):
+    """Writes a checkpoint that no one should trust."""
+    weights = ru.build_generator(TINY).state_dict()
+    good = {"format": ru.CHECKPOINT_FORMAT, "settings": dataclasses.asdict(TINY), "faces": "", "start": ""}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Payload(path.with_suffix(".trace"))))
+    elif kind == "payload in weights":
+        torch.save(good | {"generator": weights | {"x": Payload(path.with_suffix(".trace"))}}, path)
+    elif kind == "payload in settings":
+        torch.save(good | {"generator": weights, "settings": Payload(path.with_suffix(".trace"))}, path)
+    elif kind == "zip bomb":
+        torch.save(good | {"generator": weights | {"x": torch.zeros(2**26)}}, path)
+        with zipfile.ZipFile(path) as plain, zipfile.ZipFile(path.with_suffix(".z"), "w", zipfile.ZIP_DEFLATED) as bomb:
+            for entry in plain.infolist():
+                bomb.writestr(entry.filename, plain.read(entry))
+        path.with_suffix(".z").replace(path)
+    elif kind == "one entry many times":
+        torch.save(good | {"generator": weights | {f"x{n}": torch.zeros(10**6) + n for n in range(40)}}, path)
+        repeat_entry(path)
+    elif kind == "many from few":
+        torch.save(good | {"generator": weights | {"x": torch.zeros(1).expand(2**40)}}, path)
+    elif kind == "claimed width":
+        torch.save(good | {"generator": weights, "settings": good["settings"] | {"width": 10**6}}, path)
+    elif kind == "other architecture":
+        torch.save(good | {"generator": torch.nn.Linear(2, 2).state_dict()}, path)
+    elif kind == "other width":
+        other = ru.build_generator(dataclasses.replace(TINY, width=3)).state_dict()
+        torch.save(good | {"generator": other}, path)
+    elif kind == "NaN":
+        torch.save(good | {"generator": {k: v.float() * float("nan") for k, v in weights.items()}}, path)
+    elif kind == "extra weights":
+        torch.save(good | {"generator": weights | {"extra": torch.zeros(1)}}, path)
+    elif kind == "extra content":
+        torch.save(good | {"generator": weights, "extra": 1}, path)
+    elif kind == "weights that are none":
+        torch.save(good | {"generator": [1, 2, 3]}, path)
+    elif kind == "settings that are none":
+        torch.save(good | {"generator": weights, "settings": {"width": "wide"}}, path)
+    else:
+        torch.save(good | {"generator": weights}, path)
+        path.write_bytes(path.read_bytes()[: 10 if kind == "ten bytes" else -2000])
+
+
+HOSTILE = ["pickle", "payload in weights", "payload in settings", "zip bomb", "one entry many times", "many from few"]
+HOSTILE += ["claimed width"]
+HOSTILE += ["other architecture", "other width", "NaN", "extra weights", "extra content", "weights that are none"]
+HOSTILE += ["settings that are none", "ten bytes", "truncated"]
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_of_it_runs(run, tmp_path, kind):
+    path = tmp_path / "stranger.pth"
+    hostile(kind, path, run)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"stranger\.pth"):
+        ru.load_generator(path)
+    assert not path.with_suffix(".trace").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Odd numbers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def split_of(run, pairs, **changes):
+    run = run._replace(settings=dataclasses.replace(run.settings, **changes))
+    return run, ru.split_pairs(pairs, run.settings)
+
+
+def test_gradients_that_are_not_finite_stop_the_training_before_anything_is_saved(run, pairs, monkeypatch):
+    run, split = split_of(run, pairs, pretrain_epochs=2, gan_epochs=2)
+    generator = ru.build_generator(run.settings)
+    ru.pretrain_generator(generator, split.pretrain_train, split.pretrain_validation, run)
+    discriminator, step, calls = ru.build_discriminator(run.settings), ru.generator_step, []
+
+    def poisoned(network, optimizer, *batch):
+        """The last step of the second epoch leaves weights behind that its own losses do not show."""
+        losses = step(network, optimizer, *batch)
+        calls.append(1)
+        if len(calls) == 2 * -(-len(split.gan_train) // run.settings.gan_batch):
+            optimizer.param_groups[0]["params"][0].data[0] = float("inf")
+        return losses
+
+    monkeypatch.setattr(ru, "generator_step", poisoned)
+    with pytest.raises(FloatingPointError, match="epoch 2: weights of the generator"):
+        ru.train_gan(generator, discriminator, split.gan_train, split.gan_validation, run)
+    assert len(ru.load_checkpoint(run.outputs / "gan_last.pth")["history"]) == 1
+
+
+def test_no_validation_pairs_are_an_error_and_one_is_enough(run, pairs):
+    run, split = split_of(run, pairs, pretrain_epochs=1)
+    with pytest.raises(ValueError, match="no pairs"):
+        ru.pretrain_generator(ru.build_generator(TINY), split.pretrain_train, [], run)
+    history = ru.pretrain_generator(ru.build_generator(TINY), split.pretrain_train, split.pretrain_validation[:1], run)
+    assert np.isfinite(history[0]["val_loss"])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_last_batch_of_one_and_a_batch_larger_than_all(run, pairs, plain):
+    run, split = split_of(run, pairs, pretrain_epochs=1, gan_epochs=1, plain=plain, pretrain_batch=23, gan_batch=500)
+    assert len(split.pretrain_train) % 23 == 1
+    generator = ru.build_generator(run.settings)
+    ru.pretrain_generator(generator, split.pretrain_train, split.pretrain_validation, run)
+    discriminator = ru.build_discriminator(run.settings)
+    history = ru.train_gan(generator, discriminator, split.gan_train, split.gan_validation, run)
+    assert all(np.isfinite(value) for value in history[0].values())
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_all_black_and_all_white_pictures(tmp_path, level):
+    flat = encoded(Image.new("L", (64, 64), level), "PNG")
+    faces = folder_of(tmp_path, {f"{i}.png": flat for i in range(6)})
+    places = ru.Places("t", tmp_path / "o", tmp_path / "o" / "d")
+    pairs = ru.prepare_pairs(faces, places, TINY)
+    run = ru.Run(TINY, places, torch.device("cpu"), ru.faces_id(pairs))
+    run, split = split_of(run, pairs, pretrain_epochs=1, gan_epochs=1)
+    generator, discriminator = ru.build_generator(run.settings), ru.build_discriminator(run.settings)
+    ru.pretrain_generator(generator, split.pretrain_train, split.pretrain_validation, run)
+    history = ru.train_gan(generator, discriminator, split.gan_train, split.gan_validation, run)
+    assert all(np.isfinite(value) for value in history[0].values())
+    restored = ru.restore_image_gan(faces.files[0], tmp_path / "r.png", generator)
+    assert np.isfinite(restored).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whatever else may come: fuzzing
+# ----------------------------------------------------------------------------------------------------------------------
+
+FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+IMAGES = arrays.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3)))
+SEEDS = st.integers(0, 2**63)
+RANGE = st.tuples(st.floats(0, 2), st.floats(0, 2)).map(sorted).map(tuple)
+
+
+@FUZZ
+@given(image=IMAGES, seed=SEEDS, kind=st.sampled_from(ru.KINDS), sigma=st.floats(0, 300), value=RANGE, size=RANGE)
+def test_any_degradation_keeps_shape_type_and_input_and_follows_its_seed(image, seed, kind, sigma, value, size):
+    changed = dataclasses.replace(
+        TINY, noise_sigma=sigma, value=value, saturation=value, polygon_size=tuple(500 * x for x in size)
+    )
+    before = image.copy()
+    one, two = (ru.degrade(image, kind, np.random.default_rng(seed), changed) for _ in range(2))
+    assert one.shape == image.shape and one.dtype == np.uint8 and not np.shares_memory(one, image)
+    assert np.array_equal(one, two) and np.array_equal(image, before)
+
+
+@FUZZ
+@given(image=IMAGES, seed=SEEDS, polygons=st.integers(0, 6), vertices=st.integers(3, 12))
+def test_any_occlusion_leaves_alone_what_is_outside_its_mask(image, seed, polygons, vertices):
+    changed = dataclasses.replace(TINY, polygons=polygons, polygon_vertices=(3, vertices))
+    occluded = ru.occlude_irregular(image, np.random.default_rng(seed), changed)
+    rng = np.random.default_rng(seed)
+    mask = ru.occlusion_mask(image.shape, rng, changed)
+    assert mask.shape == image.shape[:2] and set(np.unique(mask)) <= {0, 255}
+    if polygons == 0:
+        assert not mask.any()
+    untouched = mask == 0
+    if polygons == 1:  # with more, the fill's draws come between the polygons'
+        assert np.array_equal(occluded[untouched], image[untouched])
+
+
+@FUZZ
+@given(
+    stem=st.text(st.characters(exclude_characters="/\\\0", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40),
+    suffix=st.sampled_from(sorted(ru.IMAGE_SUFFIXES)).flatmap(lambda s: st.sampled_from([s, s.upper()])),
+)
+def test_any_file_name_is_found_read_and_degraded(tmp_path, stem, suffix):
+    shutil.rmtree(tmp_path / "faces", ignore_errors=True)
+    shutil.rmtree(tmp_path / "d", ignore_errors=True)
+    name = f"{stem}{suffix}"
+    if len(name.encode()) > 200 or stem.startswith("."):
+        return
+    faces = folder_of(tmp_path, {name: encoded(rgb(), "PNG")})  # what is in it counts, not what it is called
+    assert faces.names == [name]
+    assert ru.degrade_folder(faces, tmp_path / "d", TINY) == (1, 0, {})
+    assert len(list((tmp_path / "d").glob("*.jpg"))) == 3
+
+
+@settings(FUZZ, max_examples=25)
+@given(
+    picture=st.one_of(
+        arrays.arrays(np.uint8, st.tuples(st.integers(1, 300), st.integers(1, 300)).flatmap(
+            lambda s: st.sampled_from([s, (*s, 3), (*s, 4)])), elements=st.integers(0, 255), fill=st.integers(0, 255)),
+        arrays.arrays(np.uint16, st.tuples(st.integers(1, 90), st.integers(1, 90)), fill=st.integers(0, 65535)),
+    ),
+    suffix=st.sampled_from([".png", ".jpg", ".webp", ".bmp", ".tif"]),
+)  # fmt: skip
+def test_restoring_any_decodable_picture_returns_its_size(tmp_path, picture, suffix):
+    if not cv2.imwrite(str(tmp_path / f"in{suffix}"), picture):
+        return
+    read = cv2.imread(str(tmp_path / f"in{suffix}"))
+    result = ru.restore_image_gan(tmp_path / f"in{suffix}", tmp_path / f"out{suffix}", GENERATOR)
+    assert result.shape == read.shape and result.dtype == np.uint8
+    assert ru.read_image(tmp_path / f"out{suffix}").shape == read.shape
+
+
+GENERATOR = ru.build_generator(TINY)
+
+
+@FUZZ
+@given(content=st.binary(max_size=300))
+def test_any_bytes_are_an_image_or_a_value_error_that_names_the_file(tmp_path, content):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    try:
+        image = ru.read_image(path)
+    except ValueError as error:
+        assert "x.jpg" in str(error)
+    else:
+        assert image.dtype == np.uint8 and image.ndim == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def resident():
+    """This process's memory in bytes."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+MANY = """
+import dataclasses, io, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from PIL import Image
+from conftest import TINY
+import restoration_utils as ru
+
+
+def most():
+    return 1024 * int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
+
+
+settings, used = dataclasses.replace(TINY, max_faces=None), []
+picture = io.BytesIO()
+Image.new("RGB", (8, 8)).save(picture, "PNG")
+for count in (500, 20_000):
+    folder = Path(sys.argv[1]) / str(count)
+    (folder / "faces").mkdir(parents=True)
+    for number in range(count):
+        (folder / "faces" / f"portrait_{{number:05d}}.png").write_bytes(picture.getvalue())
+    Path("/proc/self/clear_refs").write_text("5")  # the most memory so far is forgotten
+    before, places = most(), ru.Places("t", folder, folder / "d")
+    faces = ru.find_faces(settings, places, {{"FACES_DIR": str(folder / "faces")}})
+    splits = ru.split_pairs(ru.prepare_pairs(faces, places, settings), settings)
+    assert len(splits.pretrain_train) == 3 * count * 4 // 5
+    used.append(most() - before)
+print((used[1] - used[0]) / 19_500, used)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much memory was used")
+def test_degrading_and_indexing_twenty_thousand_originals_takes_less_than_a_kilobyte_for_each(tmp_path):
+    code = MANY.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout.splitlines()[-1])
+    assert float(done.stdout.splitlines()[-1].split()[0]) < 1024
+
+
+@pytest.mark.slow
+def test_epochs_and_restorations_leak_nothing(run, pairs, faces, tmp_path):
+    run, split = split_of(run, pairs, pretrain_epochs=40)
+    after = []
+    network = ru.build_generator(run.settings)
+    losses, save = ru.validation_losses, lambda: after.append(resident())
+
+    def counted(*arguments):
+        save()
+        return losses(*arguments)
+
+    ru.validation_losses = counted
+    try:
+        ru.pretrain_generator(network, split.pretrain_train, split.pretrain_validation, run)
+    finally:
+        ru.validation_losses = losses
+    assert len(after) == 40 and min(after[-15:]) - min(after[5:20]) < 30e6  # one epoch's images kept would be 38
+    sizes = []
+    for _ in range(200):
+        ru.restore_image_gan(faces.files[0], tmp_path / "r.png", network)
+        sizes.append(resident())
+    assert min(sizes[-50:]) - min(sizes[10:60]) < 5e6  # one restoration's images would be 1.6 x 140
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGES, ids=[s.name for s in SABOTAGES])
+def test_every_sabotage_finds_its_line(sabotage):
+    assert (ROOT / "restoration_utils.py").read_text(encoding="utf-8").count(sabotage.old) == 1
