@@ -269,8 +269,8 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         room = next(shutil.disk_usage(p).free for p in path.parents if p.is_dir())
         raise OSError(
-            f"{path} could not be written ({str(error).splitlines()[0]}; {room / 1e6:.0f} MB are free there). What was "
-            "there before is kept; make room, or set OUTPUT_DIR, and run this again"
+            f"{path} could not be written ({error.strerror or error}; {room / 1e6:.0f} MB are free there). What was "
+            "there before is kept: mend that, and run this again"
         ) from error
 
 
@@ -278,17 +278,22 @@ def atomic(path: Path) -> Iterator[Path]:
 def alone_in(*folders: Path) -> Iterator[None]:
     """Only one run at a time gets into this block with a folder; leftovers of a killed one are swept out first.
 
-    The lock is the operating system's and ends with its holder, however that dies. Raises RuntimeError, at once, if
-    another run holds one of the folders. Those that do not exist are left out.
+    The lock is the operating system's and ends with its holder, however that dies; the workers of a killed run's loader
+    hold it for some seconds longer. Folders are made if missing. Raises RuntimeError if another run holds one of them,
+    OSError if their file system has no locks.
     """
     with contextlib.ExitStack() as stack:
-        for folder in filter(Path.is_dir, folders):
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(FileLock(folder / ".lock", timeout=0))
+                stack.enter_context(FileLock(folder / ".lock", timeout=10))
             except Timeout as error:
                 raise RuntimeError(
-                    f"another run is writing to {folder}. Wait until it has ended, or set OUTPUT_DIR"
+                    f"another run is writing to {folder}. Wait until it has ended, stop it (in Jupyter: shut down its "
+                    "kernel), or set another OUTPUT_DIR"
                 ) from error
+            except (OSError, NotImplementedError) as error:
+                raise OSError(f"{folder} cannot be locked ({error}): set OUTPUT_DIR to one on a local disk") from error
             for leftover in folder.glob(f"{PARTIAL}*"):
                 with contextlib.suppress(FileNotFoundError):  # what is being written now is younger than a minute
                     if time.time() - leftover.stat().st_mtime > 60:
@@ -298,8 +303,8 @@ def alone_in(*folders: Path) -> Iterator[None]:
 
 def copy_file(source: Path, destination: Path) -> None:
     """Copies a file atomically."""
-    with atomic(destination) as temporary:
-        shutil.copyfile(source, temporary)
+    with source.open("rb") as content, atomic(destination) as temporary, temporary.open("wb") as copy:
+        shutil.copyfileobj(content, copy)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -344,6 +349,7 @@ def progress(label: str, total: int, unit: str, initial: int = 0):
 KINDS = ("noisy", "color", "occluded")  # of degradation, and the suffixes of their files
 MANIFEST = "degraded_manifest.json"  # lies in every folder of degraded images and says what made them
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, restoring 80
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # pictures for others
 
 
@@ -353,7 +359,8 @@ def read_image(path: str | Path) -> np.ndarray:
     16-bit images are brought to 8 bits, grey ones get three equal channels, transparency is dropped. Everything else
     goes through here too, PIL included (`open_image`), so that every step sees the same pixels.
 
-    Raises ValueError, naming the file, if it cannot be read, is empty, truncated or no image.
+    Raises ValueError, naming the file, if it cannot be read, is empty, truncated, no image, or has over MAX_PIXELS;
+    MemoryError if there is not enough for it.
     """
     try:
         content = Path(path).read_bytes()
@@ -363,23 +370,34 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path}: the file is empty")
     if content[:2] == b"\xff\xd8" and _is_truncated_jpeg(content):
         raise ValueError(f"{path}: the JPEG is truncated")
-    _refuse_bomb(path, content)
+    if (pixels := _count_pixels(content)) > MAX_PIXELS:
+        raise ValueError(f"{path}: too many pixels ({pixels / 1e6:.0f} million; {MAX_PIXELS / 1e6:.0f} are the most)")
     try:  # what cv2.imread does, but on Windows that cannot open a path that is not ASCII
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(f"{path}: not enough memory to read it") from error
         raise ValueError(f"{path}: OpenCV cannot read it ({error.err or error})") from error
     if image is None:
-        raise ValueError(f"{path}: not an image that OpenCV can read")
+        convert = "; convert it to JPEG" if Path(path).suffix.lower() in UNREAD_SUFFIXES else ""
+        raise ValueError(f"{path}: not an image that OpenCV can read{convert}")
     return image
 
 
-def _refuse_bomb(path: str | Path, content: bytes) -> None:
-    """Raises ValueError if the header promises over 179 megapixels (PIL's limit): kilobytes may unpack to gigabytes."""
+def _count_pixels(content: bytes) -> int:
+    """How many pixels a picture's header promises, since kilobytes may unpack to gigabytes; 0 if it is not understood.
+
+    A PNG's header is read here: PIL reads all that stands before the picture, too, and refuses what OpenCV accepts.
+    """
+    if content[:8] == b"\x89PNG\r\n\x1a\n":
+        return int.from_bytes(content[16:20], "big") * int.from_bytes(content[20:24], "big")
     try:
-        with contextlib.suppress(OSError, SyntaxError):  # what PIL cannot read, OpenCV may
-            Image.open(io.BytesIO(content)).close()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: too many pixels ({error})") from error
+        with Image.open(io.BytesIO(content)) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:
+        return 2 * Image.MAX_IMAGE_PIXELS
+    except Exception:  # whatever PIL trips over; OpenCV may do better
+        return 0
 
 
 def _is_truncated_jpeg(content: bytes) -> bool:
@@ -424,8 +442,8 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpe
 def list_images(folder: Path, refused: dict[str, str] | None = None) -> list[str]:
     """All image files below `folder`, as sorted relative paths; hidden ones and our own degraded copies left out.
 
-    Folders that cannot be looked into, and formats that are not read, are noted in `refused` with the reason. Strings,
-    since Paths take five times the memory.
+    Folders that cannot be looked into, names that are not Unicode and formats that are not read are noted in `refused`
+    with the reason. Strings, since Paths take five times the memory.
     """
     found, refused = [], {} if refused is None else refused
 
@@ -433,9 +451,15 @@ def list_images(folder: Path, refused: dict[str, str] | None = None) -> list[str
         """Without this, os.walk would leave the folder out and say nothing."""
         refused[f"{Path(error.filename).relative_to(folder).as_posix()}/"] = error.strerror
 
-    unread: Counter[str] = Counter()
+    def is_degraded(folder: Path) -> bool:
+        """Whether the folder is one of degraded images."""
+        with contextlib.suppress(PermissionError):  # os.walk will say so
+            return (folder / MANIFEST).exists()
+        return False
+
+    unread: dict[str, list[str]] = {}
     for parent, folders, names in os.walk(folder, onerror=refuse):  # does not follow links: no trap in a loop of them
-        folders[:] = [f for f in folders if not f.startswith(".") and not Path(parent, f, MANIFEST).exists()]
+        folders[:] = [f for f in folders if not f.startswith(".") and not is_degraded(Path(parent, f))]
         inner = Path(parent).relative_to(folder)
         images = [n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
         stems = {Path(name).stem for name in images}
@@ -443,9 +467,15 @@ def list_images(folder: Path, refused: dict[str, str] | None = None) -> list[str
             stem, _, kind = Path(name).stem.rpartition("_")
             if not (kind in KINDS and stem in stems):
                 found.append((inner / name).as_posix())
-        unread.update(s for s in (Path(n).suffix.lower() for n in names) if s in UNREAD_SUFFIXES)
-    for suffix, number in unread.items():
-        refused[f"{number} files {suffix}"] = "OpenCV does not read them; convert them to JPEG"
+        for name in names:
+            if (suffix := Path(name).suffix.lower()) in UNREAD_SUFFIXES:
+                unread.setdefault(suffix, []).append((inner / name).as_posix())
+    for suffix, names in unread.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        refused[ascii(min(names))[1:-1] + more] = f"OpenCV does not read {suffix}; convert to JPEG"
+    for name in [n for n in found if ascii(n) != n and n != n.encode(errors="ignore").decode()]:
+        found.remove(name)
+        refused[ascii(name)[1:-1]] = "the file's name is not Unicode; rename it"
     return sorted(found)
 
 
@@ -904,11 +934,16 @@ def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
         """Draws one; which one depends on its number only."""
         write_image(folder / f"portrait_{index:04d}.jpg", draw_portrait(np.random.default_rng([seed, index]), size))
 
-    missing = [i for i in range(count) if not (folder / f"portrait_{i:04d}.jpg").exists()]
-    if missing:
-        with progress("drawing portraits", len(missing), "face") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(draw, missing):
-                bar.update()
+    def missing() -> list[int]:
+        """The numbers of those to draw."""
+        return [i for i in range(count) if not (folder / f"portrait_{i:04d}.jpg").exists()]
+
+    if missing():
+        with alone_in(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
+            todo = missing()  # another run may have drawn them meanwhile
+            with progress("drawing portraits", len(todo), "face") as bar:
+                for _ in pool.map(draw, todo):
+                    bar.update()
 
 
 class Faces(NamedTuple):
@@ -933,7 +968,7 @@ def _faces_folder(settings: Settings, places: Places, environ: Mapping[str, str]
     if environ.get("FACES_DIR"):
         folder = given_path(environ["FACES_DIR"])
         if not folder.is_dir():
-            raise FileNotFoundError(f"FACES_DIR names {folder}, which is not a folder")
+            raise FileNotFoundError(f"FACES_DIR names {folder}, which is no folder; set it to one with portraits")
         return folder, f"photographs in {folder.name}/ (FACES_DIR)"
     for pattern in ("fakefaces", "datasets/*/fakefaces", "*/fakefaces") if places.attached else ():
         for folder in sorted(places.attached.glob(pattern)):
@@ -1073,13 +1108,15 @@ def _recipe(settings: Settings) -> dict:
 def _output_stems(faces: Faces) -> dict[str, str]:
     """By the originals' names, the file stem of their degraded copies; a short hash is added where it is not unique.
 
-    Otherwise a.jpg and a.png, or one/a.jpg and two/a.jpg, would overwrite each other's copies.
+    Otherwise a.jpg and a.png, or one/a.jpg and two/a.jpg, would overwrite each other's copies. File systems take names
+    of 255 bytes, so a long one is cut.
     """
     stems = {name: PurePosixPath(name).stem for name in faces.names}
     count = Counter(map(str.casefold, stems.values()))
     for name, stem in stems.items():
-        if count[stem.casefold()] > 1:
-            stems[name] = f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        cut = stem.encode()[:200].decode(errors="ignore")
+        if count[stem.casefold()] > 1 or cut != stem:
+            stems[name] = f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return stems
 
 
@@ -1091,13 +1128,15 @@ def _copies(folder: Path, stem: str) -> list[Path]:
 def _read_manifest(folder: Path, settings: Settings) -> dict[str, list[str]]:
     """By the originals' names: the content's hash, the stem of the copies and, if there are none, why.
 
-    Empty if other settings made the folder, or it has no manifest.
+    Empty if other settings made the folder, or it has no manifest or a damaged one.
     """
     try:
         with (folder / MANIFEST).open(encoding="utf-8") as file:
             manifest = json.load(file)
-        return manifest["originals"] if manifest["recipe"] == _recipe(settings) else {}
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        made = manifest["originals"] if manifest["recipe"] == _recipe(settings) else {}
+        whole = [type(e) is list and len(e) in (2, 3) and all(type(x) is str for x in e) for e in made.values()]
+        return made if all(whole) else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # nothing is lost by that: degraded images are made again from their seeds
 
 
@@ -1136,8 +1175,8 @@ def _estimate_bytes(sample: Sequence[Path]) -> float:
     """
     pixels = []
     for path in sample:
-        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
-            pixels.append(image.width * image.height)
+        with contextlib.suppress(OSError):
+            pixels.append(_count_pixels(path.read_bytes()))
     return 2.7 * sum(pixels) / max(1, len(pixels))
 
 
@@ -1165,28 +1204,30 @@ class DegradeReport(NamedTuple):
         if not self.made:
             lines = [f"all {self.kept} originals were already done"]
         if self.failed:
-            lines.append(f"{len(self.failed)} could not be read and were left out:")
+            lines.append("left out, since they cannot be read:")
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.failed.items()])
 
 
 def _degrade_file(name: str, faces: Faces, stem: str, folder: Path, settings: Settings) -> list[str]:
     """Writes the degraded versions of one original and returns its manifest entry, which says if that failed."""
     path = faces.folder / name
+    entry = [_hash(path), stem]  # before it is read: if it changes now, it will be degraded again
     try:
         image = read_image(path)
         for kind, copy in zip(KINDS, _copies(folder, stem)):
             rng = np.random.default_rng(derive_seed(settings.seed, kind, name))
             write_image(copy, degrade(image, kind, rng, settings), settings.jpeg_quality)
     except ValueError as error:
-        return [_hash(path), stem, str(error).removeprefix(f"{path}: ")]
-    return [_hash(path), stem]
+        entry.append(str(error).removeprefix(f"{path}: "))
+    return entry
 
 
 def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int | None = None) -> DegradeReport:
     """Writes the three degraded versions of every original to `folder`, in parallel, and a manifest of what made them.
 
     The bytes depend on the original, its name and the settings only. What the manifest says is done is not made again,
-    so a second run does nothing and an interrupted or killed one goes on. Originals are never touched.
+    so a second run does nothing and an interrupted or killed one goes on: two seconds' work is lost at most. Originals
+    are never touched.
 
     Raises OSError if the result will not or does not fit on the disk, ValueError if no original could be read,
     RuntimeError if there is something to do and another run is writing to the folder.
@@ -1199,7 +1240,7 @@ def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int 
                 made = set(_unfinished(faces, folder, settings, pool))  # another run may have made them meanwhile
                 _degrade_files([name for name in faces.names if name in made], faces, folder, settings, pool)
     manifest = _read_manifest(folder, settings)
-    failed = {name: manifest[name][2] for name in faces.names if len(manifest[name]) > 2}
+    failed = {name: manifest[name][2] for name in faces.names if len(manifest.get(name, "")) > 2}
     if len(failed) == len(faces.names):
         raise ValueError("\n  ".join(["no original could be read:", *(f"{n}: {why}" for n, why in failed.items())]))
     made -= failed.keys()
@@ -1210,26 +1251,27 @@ def _degrade_files(todo: list[str], faces: Faces, folder: Path, settings: Settin
     """Degrades the originals of `todo` and keeps the manifest up to date, however this ends."""
     _check_space([faces.folder / name for name in todo[:: max(1, len(todo) // 50)]], len(todo), folder)
     manifest, stems = _read_manifest(folder, settings), _output_stems(faces)
-    replaced = {stems[name] for name in todo}
-    for name in [n for n, entry in manifest.items() if n in stems.keys() & set(todo) or entry[1] in replaced]:
+    again, replaced, written = set(todo), {stems[name] for name in todo}, time.monotonic()
+    for name in [n for n, entry in manifest.items() if n in again or entry[1] in replaced]:
         del manifest[name]  # forgotten before its files are replaced
     _write_manifest(folder, settings, manifest)
     waiting, running = iter(todo), {}
     try:
         with progress("degrading", len(todo), "original") as bar:
-            for number in range(1, len(todo) + 1):
+            for _ in todo:
                 while len(running) < 64 and (name := next(waiting, None)):  # all at once, they would fill the memory
                     running[pool.submit(_degrade_file, name, faces, stems[name], folder, settings)] = name
                 done = next(as_completed(running))
                 manifest[running[done]] = done.result()
                 del running[done]
                 bar.update()
-                if number % 500 == 0:  # a killed process then has little to do again
+                if time.monotonic() - written > 2:  # so a killed process has little to do again
                     _write_manifest(folder, settings, manifest)
+                    written = time.monotonic()
     finally:
         pool.shutdown(cancel_futures=True)
-        done = {name: f.result() for f, name in running.items() if not (f.cancelled() or f.exception())}
-        _write_manifest(folder, settings, manifest | done)
+        rest = {name: f.result() for f, name in running.items() if not (f.cancelled() or f.exception())}
+        _write_manifest(folder, settings, manifest | rest)
 
 
 # ======================================================================================================================
@@ -1280,6 +1322,8 @@ def prepare_pairs(
         report(f"Degraded images: {degrade_folder(faces, folder, settings)}")
     pairs, manifest = [], _read_manifest(folder, settings)
     for name in faces.names:
+        if name not in manifest:
+            raise ValueError(f"{folder} has been replaced by another run since: run this again")
         content, stem, *failed = manifest.pop(name)  # popped: many originals are never in memory twice
         if not failed:
             copies = f"{folder}/{stem}"
@@ -1363,7 +1407,11 @@ class FaceRestorationGANDataset(Dataset):
 
     def _load(self, path: Path) -> Tensor:
         """One image as a tensor."""
-        return self.transform(_resized(path, path.stat().st_mtime_ns, self.settings.image_size))
+        try:
+            return self.transform(_resized(path, path.stat().st_mtime_ns, self.settings.image_size))
+        except (OSError, ValueError) as error:
+            remedy = "if it is a degraded one, delete it and run this again: it is made anew"
+            raise ValueError(f"{error} ({remedy})") from error
 
     def _hole(self, pair: Pair) -> Tensor:
         """The true mask of what was covered."""
@@ -1766,40 +1814,67 @@ def save_checkpoint(path: Path, run: Run, **content: object) -> None:
     with atomic(path) as temporary:
         try:
             torch.save(made_by | content, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(error) from error
+        except RuntimeError as error:
+            if "inline_container" not in str(error) and "StreamWriter" not in str(error):
+                raise
+            raise OSError(f"torch could not write: {str(error).splitlines()[0]}") from error  # a full disk, say
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """Loads one of this project's checkpoints, wherever it comes from. No code in it is ever run (`weights_only`).
+def load_checkpoint(path: str | Path) -> dict:
+    """Loads one of our checkpoints to the CPU, wherever it comes from. No code in it is ever run (`weights_only`).
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours or damaged: also if it would
     unpack to more than its size, holds things that no checkpoint of ours does, or weights that are not finite.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: no such checkpoint; notebooks 04 and 05 write them, to OUTPUT_DIR if set")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save does not compress
+        with zipfile.ZipFile(path) as archive:  # torch.save does not compress, and torch.load checks no checksums
             if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                 raise ValueError("it would unpack to more than its size")
-        content = torch.load(path, map_location=device, weights_only=True)
+            if entry := archive.testzip():
+                raise ValueError(f"the checksum of {entry} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_content(content, Path(path).stat().st_size)
     except Exception as error:  # whatever the unpickler or the zip reader trips over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint of this project, or damaged ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this project (format {CHECKPOINT_FORMAT})")
-    if strange := content.keys() - _CONTENT:
-        raise ValueError(f"{path}: holds {', '.join(sorted(map(str, strange)))}, which no checkpoint of ours does")
-    if not isinstance(content.get("settings"), dict):
-        raise ValueError(f"{path}: does not say what settings made it")
-    for network in ("generator", "discriminator", "average"):
-        weights = content.get(network, {})
-        tensors = [t for t in weights.values() if isinstance(t, Tensor)] if isinstance(weights, dict) else []
-        if len(tensors) < len(weights) or sum(t.nbytes for t in tensors) > Path(path).stat().st_size:
-            raise ValueError(f"{path}: its {network} is none, or claims to be larger than the file")
-        if bad := not_finite(weights):
-            raise ValueError(f"{path}: the {network} has weights that are not finite ({', '.join(bad)})")
+        reason = {"BadZipFile": "no checkpoint file, or cut short", "UnpicklingError": "holds more than numbers"}
+        reason = reason.get(type(error).__name__, str(error).splitlines()[0] if str(error) else repr(error))
+        raise ValueError(
+            f"{path}: not a checkpoint of this project, or damaged ({reason}). If a notebook of yours has written it, "
+            "delete it and run that again"
+        ) from error
     return content
+
+
+def _check_content(content: Any, size: int) -> None:
+    """Raises ValueError unless `content` is what a checkpoint of `size` bytes holds: plain settings, finite weights."""
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"its format is not {CHECKPOINT_FORMAT}")
+    if strange := content.keys() - _CONTENT:
+        raise ValueError(f"holds {', '.join(sorted(map(ascii, strange)))}, which no checkpoint of ours does")
+    kinds = {"settings": dict, "faces": str, "start": str, "history": list, "epoch": int}
+    for name in ("settings", "faces", "start", *content.keys() & {"history", "epoch"}):
+        if not isinstance(content.get(name), kinds[name]):
+            raise ValueError(f"its {name} is missing or strange")
+    for name, value in content["settings"].items():  # what is nested could grow beyond all bounds when printed
+        numbers = value if isinstance(value, tuple) and len(value) < 10 else (value,)
+        if not all(isinstance(x, int | float | str | None) for x in numbers):
+            raise ValueError(f"its setting {name!a} is strange")
+    for network in content.keys() & {"generator", "discriminator", "average"}:
+        _check_weights(network, content[network], size)
+
+
+def _check_weights(network: str, weights: Any, size: int) -> None:
+    """Raises ValueError unless `weights` is a state_dict of plain, finite tensors of no more than `size` bytes."""
+    tensors = list(weights.values()) if isinstance(weights, dict) else [None]
+    for t in tensors:
+        plain = type(t) is Tensor and t.layout == torch.strided and t.device.type == "cpu" and not t.is_nested
+        if not plain or t.dtype not in (torch.float32, torch.int64):
+            raise ValueError(f"its {network} has weights that are no tensors of ours")
+    if not all(isinstance(name, str) for name in weights) or sum(t.nbytes for t in tensors) > size:
+        raise ValueError(f"its {network} claims to be larger than the file")
+    if bad := not_finite(weights):
+        raise ValueError(f"its {network} has weights that are not finite ({', '.join(bad)})")
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
@@ -1812,20 +1887,20 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNet
 
     Raises FileNotFoundError or ValueError as `load_checkpoint`, and ValueError if the file holds no generator.
     """
-    content = load_checkpoint(path, device)
+    content = load_checkpoint(path)
     if "generator" not in content:
         raise ValueError(f"{path}: a checkpoint of this project, but without a generator")
     try:
         settings = Settings(**content["settings"])
         with torch.device("meta"):  # takes no memory, whatever width the file claims
-            expected = UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain).state_dict()
-        shapes = {name: tuple(value.shape) for name, value in content["generator"].items()}
-        if shapes != {name: tuple(value.shape) for name, value in expected.items()}:
+            generator = UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain)
+        shapes = [{n: (t.shape, t.dtype) for n, t in w.items()} for w in (generator.state_dict(), content["generator"])]
+        if shapes[0] != shapes[1]:
             raise ValueError("its weights do not fit the width and architecture that it claims")
-        generator = build_generator(settings)
-        generator.load_state_dict(content["generator"])
+        generator.load_state_dict(content["generator"], assign=True)
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: made by another version of this project ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: damaged, or made by another version of this project ({reason})") from error
     return generator.to(device).eval()
 
 
@@ -1863,9 +1938,11 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
     differ = [f"{n} was {then.get(n)!r}, is {now.get(n)!r}" for n in names if now.get(n) != then.get(n)]
     if content["faces"] != run.faces:
         differ.append(f"its faces were others (is FACES_DIR right? fingerprint {content['faces']}, now {run.faces})")
-    if run.start and content.get("start") != run.start:
-        differ.append("it did not start from the pretrained weights that are there now (to start again from them, move "
-                      "gan_last.pth and face_restoration_*.pth away)")  # fmt: skip
+    if run.start and content.get("start") != run.start and not differ:
+        raise ValueError(
+            f"{path} did not start from the pretrained weights that are there now. It is kept as it is; to start again "
+            "from them, move gan_last.pth and face_restoration_*.pth away, or choose another folder with OUTPUT_DIR"
+        )
     if differ:
         raise ValueError(
             f"{path} was made by another run: {'; '.join(differ)}. It is kept as it is. Choose another folder with "
@@ -1874,16 +1951,16 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
         )
 
 
-def _load_newest(last: Path) -> dict:
-    """The content of `<stage>_last.pth` or, if that is damaged, of the checkpoint of the epoch before."""
+def _load_newest(last: Path) -> tuple[Path, dict]:
+    """`<stage>_last.pth` or, if that is damaged, the checkpoint of the epoch before: which one, and its content."""
     try:
-        return load_checkpoint(last)
+        return last, load_checkpoint(last)
     except ValueError as error:
         previous = last.with_name(last.name.replace("_last", "_previous"))
         if not previous.is_file():
             raise
         print(f"WARNING: {error}. Going on from {previous.name}, an epoch earlier")
-        return load_checkpoint(previous)
+        return previous, load_checkpoint(previous)
 
 
 def save_training(stage: str, run: Run, parts: Mapping[str, Any], history: list[dict]) -> None:
@@ -1898,33 +1975,32 @@ def save_training(stage: str, run: Run, parts: Mapping[str, Any], history: list[
     save_checkpoint(last, run, history=history, **{name: part.state_dict() for name, part in parts.items()})
 
 
-@contextlib.contextmanager
-def training_stage(
+def begin_stage(
     stage: str, result: str, files: Sequence[str], run: Run, parts: Mapping[str, Any], ignore: Iterable[str] = ()
-) -> Iterator[list[dict]]:
-    """Lets a stage begin or go on in the outputs, with no other run beside it; yields its history so far.
+) -> list[dict]:
+    """Lets a stage begin or go on in the outputs; returns its history so far.
 
     The newest `<stage>_last.pth` is loaded into `parts`, all that has a state. If only something attached holds one (an
     earlier Kaggle session), that is copied to the outputs, with the file `result` and the patterns `files`. Raises
-    ValueError if another run made what is there, RuntimeError if one is at work there.
+    ValueError if another run made what is there.
     """
-    run.outputs.mkdir(parents=True, exist_ok=True)
-    with alone_in(run.outputs, run.places.degraded):
-        history: list[dict] = []
-        if (run.outputs / result).is_file():
-            check_same_run(run.outputs / result, load_checkpoint(run.outputs / result), run, ignore)
-        if last := find_artifact(f"{stage}_last.pth", run):
-            content = _load_newest(last)  # to the CPU, where Adam's step counts stay; the rest follows its part
-            check_same_run(last, content, run, ignore)
-            if last.parent != run.outputs:
-                for path in [p for pattern in (*files, result) for p in sorted(last.parent.glob(pattern))]:
-                    copy_file(path, run.outputs / path.name)
-                print(f"{stage}: going on from what is attached in {last.parent}")
-            for name, part in parts.items():
-                part.load_state_dict(content[name])
-            history = content["history"]
-            del content
-        yield history
+    last = find_artifact(f"{stage}_last.pth", run)
+    if (run.outputs / result).is_file() and not (last and last.parent == run.outputs):
+        check_same_run(run.outputs / result, load_checkpoint(run.outputs / result), run, ignore)
+    if not last:
+        return []
+    newest, content = _load_newest(last)
+    check_same_run(last, content, run, ignore)
+    if last.parent != run.outputs:
+        for path in [p for pattern in (*files, result) for p in sorted(last.parent.glob(pattern))]:
+            copy_file(path, run.outputs / path.name)
+        copy_file(newest, run.outputs / last.name)  # at the end: once it is there, nothing is copied any more
+        print(f"{stage}: going on from what is attached in {last.parent}")
+    elif newest != last:
+        os.replace(newest, last)  # else the next checkpoint would put the damaged one in its place
+    for name, part in parts.items():  # to the CPU, where Adam's step counts stay; the rest follows its part
+        part.load_state_dict(content[name])
+    return content["history"]
 
 
 # ======================================================================================================================
@@ -2044,7 +2120,7 @@ def train_epochs(
 ) -> None:
     """The loop around both trainings: trains epoch by epoch, logs, and saves `<stage>_last.pth` after each.
 
-    `parts` and `history` are those of `training_stage`; `step(batch, epoch, number)` makes one update and returns its
+    `parts` and `history` are those of `begin_stage`; `step(batch, epoch, number)` makes one update and returns its
     losses; `finish` gets the history (one dict per epoch, the newest last), adds validation to it and saves what the
     stage saves. An epoch depends on its number and on the state before it only, so a resumed run ends with the same
     bits (on a CPU: CUDA adds up in no fixed order).
@@ -2154,8 +2230,9 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
         return len(history) - best_epoch(history) >= s.patience
 
     parts = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    files = ("pretrain_*.pth", "pretrain_history.json", "pretrain_sample_epoch_*.png")
-    with training_stage("pretrain", best.name, files, run, parts, _GAN_ONLY) as history:
+    files = ("pretrain_history.json", "pretrain_sample_epoch_*.png")
+    with alone_in(run.outputs, run.places.degraded):
+        history = begin_stage("pretrain", best.name, files, run, parts, _GAN_ONLY)
         if history and not best.is_file():
             raise FileNotFoundError(f"{best} is gone, but pretrain_last.pth is not: move it away, too, to train again")
         require_unchanged(train + validation, s)
@@ -2243,6 +2320,14 @@ def train_gan(
     face_restoration_discriminator_final.pth, gan_last.pth (to go on from), gan_history.json and gan_sample_epoch_*.png.
     Returns the history, one dict per epoch. Resumes, and raises, as `pretrain_generator`.
     """
+    with alone_in(run.outputs, run.places.degraded):  # the pretrained weights must stay what they are, too
+        return _train_gan(generator, discriminator, train, validation, run)
+
+
+def _train_gan(
+    generator: UNetGenerator, discriminator: PatchGANDiscriminator, train: list[Pair], validation: list[Pair], run: Run
+) -> list[dict]:
+    """`train_gan`, once nobody else is at work."""
     s, final = run.settings, run.outputs / "face_restoration_generator_final.pth"
     run = run._replace(start=load_pretrained(generator, run))
     generator.to(run.device, memory_format=torch.channels_last)
@@ -2285,14 +2370,14 @@ def train_gan(
     parts = {"generator": generator, "discriminator": discriminator, "average": average}
     parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
     parts |= {"scheduler_g": schedulers[0], "scheduler_d": schedulers[1]}
-    files = ("gan_*.pth", "face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png")
-    with training_stage("gan", final.name, files, run, parts) as history:
-        require_unchanged(train + validation, s)
-        train_epochs("gan", s.gan_epochs, run, parts, loader, history, step, finish)
-        generator.load_state_dict(average.module.state_dict())
-        for name, network in {"generator": generator, "discriminator": discriminator}.items():
-            weights = {name: network.state_dict(), "epoch": len(history)}
-            save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
+    files = ("face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png")
+    history = begin_stage("gan", final.name, files, run, parts)
+    require_unchanged(train + validation, s)
+    train_epochs("gan", s.gan_epochs, run, parts, loader, history, step, finish)
+    generator.load_state_dict(average.module.state_dict())
+    for name, network in {"generator": generator, "discriminator": discriminator}.items():
+        weights = {name: network.state_dict(), "epoch": len(history)}
+        save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
     return history
 
 

@@ -44,7 +44,7 @@ SABOTAGES = (
     Sabotage("weights_only", "weights_only=True", "weights_only=False", "hostile or code_in_a_checkpoint"),
     Sabotage("zip bombs", "sum(entry.file_size for entry in archive.infolist())", "0", "hostile"),
     Sabotage("claimed width", 'with torch.device("meta"):', "if True:", "hostile"),
-    Sabotage("weights not finite", "        if bad := not_finite(weights):\n", "        if bad := []:\n", "hostile"),
+    Sabotage("weights not finite", "    if bad := not_finite(weights):\n", "    if bad := []:\n", "hostile"),
     Sabotage("split by file", "if part_of[pair.name] == number", "if len(pair.kind) % 3 == number", "splits_are"),
     Sabotage("seed without the file name", "default_rng(derive_seed(settings.seed, kind, name))",
              "default_rng(derive_seed(settings.seed, kind))", "manifest_says"),
@@ -71,13 +71,22 @@ SABOTAGES = (
              "generator_step"),
     Sabotage("EXIF", "cv2.IMREAD_COLOR)", "cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)", "exif"),
     Sabotage("JPEG quality", "jpeg_quality: int = 95", "jpeg_quality: int = 75", "jpeg_is_written"),
-    Sabotage("order of the epoch", "            loader.sampler.epoch = epoch\n", "", "four_epochs"),
+    Sabotage("order of the epoch", "            loader.sampler.epoch = epoch\n", "", "order_of_its_own"),
     Sabotage("average not saved", '"average": average, "optimizer": optimizer', '"optimizer": optimizer',
              "four_epochs"),
     Sabotage("other settings accepted", "    if differ:\n", "    if False:\n", "refused_by_name"),
-    Sabotage("no lock", 'stack.enter_context(FileLock(folder / ".lock", timeout=0))', "pass", "second_run"),
+    Sabotage("no lock", 'stack.enter_context(FileLock(folder / ".lock", timeout=10))', "pass", "second_run"),
     Sabotage("truncated JPEGs", 'content[:2] == b"\\xff\\xd8" and _is_truncated_jpeg(content)', "False", "bad_picture"),
-    Sabotage("decompression bombs", "    _refuse_bomb(path, content)\n", "", "bad_picture"),
+    Sabotage("decompression bombs", "    if (pixels := _count_pixels(content)) > MAX_PIXELS:", "    if pixels := 0:",
+             "bad_picture"),
+    Sabotage("checksums", "if entry := archive.testzip():", "if entry := None:", "hostile"),
+    Sabotage("damaged checkpoint kept", "        os.replace(newest, last)  #", "        pass  #", "newest_two"),
+    Sabotage("not forgotten, then replaced", "    _write_manifest(folder, settings, manifest)\n    waiting",
+             "    waiting", "nothing_is_mixed"),
+    Sabotage("manifest not kept up to date", "if time.monotonic() - written > 2:", "if False:", "what_is_done"),
+    Sabotage("attached checkpoint copied first", "    if last.parent != run.outputs:\n",
+             "    if last.parent != run.outputs:\n        copy_file(newest, run.outputs / last.name)\n",
+             "attached_training"),
     Sabotage("closed folders", "os.walk(folder, onerror=refuse)", "os.walk(folder)", "closed_folders"),
 )  # fmt: skip
 
@@ -90,7 +99,8 @@ def try_one(sabotage: Sabotage) -> tuple[bool, str]:
         module = (ROOT / "restoration_utils.py").read_text(encoding="utf-8")
         broken = module.replace(sabotage.old, sabotage.new)
         (Path(folder) / "restoration_utils.py").write_text(broken, encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "tests", "-q", "-x", "-k", sabotage.tests, "-m", "not slow"]
+        command = [sys.executable, "-m", "pytest", "tests", "-q", "-x", "-m", "not slow", "-k"]
+        command.append(f"({sabotage.tests}) and not sabotage_finds")  # that one fails whatever is broken
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")]
         return done.returncode == 1 and bool(failed), failed[0].rpartition("::")[2] if failed else done.stdout[-300:]

@@ -81,6 +81,8 @@ def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch)
     before = copy.deepcopy(generator.state_dict())
     real, fake = reference(batch[0], batch[1]), reference(batch[0], restored.detach())
     expected = gradient_step(reference, 0.5 * (((real - 1) ** 2).mean() + (fake**2).mean()))
+    for parameter in discriminator.parameters():
+        parameter.grad = torch.ones_like(parameter)  # of a step before, to be forgotten
     ru.discriminator_step(discriminator, torch.optim.SGD(discriminator.parameters(), 1.0), batch[0], restored, batch[1])
     assert all(torch.allclose(p, e, atol=1e-5) for p, e in zip(discriminator.parameters(), expected))
     assert same(before, generator.state_dict()) and all(p.grad is None for p in generator.parameters())
@@ -95,6 +97,8 @@ def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminat
     score = copy.deepcopy(discriminator)(batch[0], restored)
     expected = gradient_step(reference, ((score - 1) ** 2).mean() + 100 * (restored - batch[1]).abs().mean())
     optimizer = torch.optim.SGD(generator.parameters(), 1.0)
+    for parameter in generator.parameters():
+        parameter.grad = torch.ones_like(parameter)  # of a step before, to be forgotten
     ru.generator_step(discriminator, optimizer, batch[0], generator(batch[0]), batch[1], TINY)
     assert all(torch.allclose(p, e, atol=1e-4) for p, e in zip(generator.parameters(), expected))
     assert same(before, discriminator.state_dict())
@@ -159,11 +163,15 @@ def test_validation_is_in_eval_mode_and_changes_nothing(run, pairs):
     with torch.no_grad():
         expected = [F.l1_loss(generator(d[None]), o[None]).item() for d, o, _ in loader.dataset]
     assert result["l1"] == pytest.approx(sum(expected) / 5, abs=1e-5)
+    with ru.evaluating(generator):
+        assert not torch.is_grad_enabled() and not generator.training
+    assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "gan"])
-def test_four_epochs_equal_two_and_two_more_bit_for_bit(run, pairs, places, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "plain"), [("pretrain", False), ("gan", False), ("gan", True)])  # with its dropout
+def test_four_epochs_equal_two_and_two_more_bit_for_bit(run, pairs, places, tmp_path, stage, plain):
     train, key = (pretrain, "pretrain_epochs") if stage == "pretrain" else (train_gan, "gan_epochs")
+    run = with_settings(run, plain=plain)
     whole = with_settings(run, **CHANGES)
     train(whole, pairs)
     moved = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "second"))
@@ -189,6 +197,16 @@ def test_pretraining_writes_its_files_and_keeps_the_best_epoch(run, pairs, capsy
     capsys.readouterr()
     assert pretrain(run, pairs)[1] == history  # a finished run reloads
     assert "already done" in capsys.readouterr().out
+
+
+def test_every_epoch_has_an_order_of_its_own_that_holds_every_pair_once(run, pairs, monkeypatch):
+    step, seen = ru.pretrain_step, []
+    monkeypatch.setattr(ru, "pretrain_step", lambda *a: seen.append(a[2][2]) or step(*a))
+    train = ru.split_pairs(pairs, run.settings).pretrain_train
+    pretrain(with_settings(run, pretrain_epochs=2), pairs)
+    orders = [pair for info in seen for pair in zip(info["kind"], info["name"])]
+    first, second = orders[: len(train)], orders[len(train) :]
+    assert sorted(first) == sorted(second) == sorted((pair.kind, pair.name) for pair in train) and first != second
 
 
 def test_the_plain_recipe_trains_through_both_stages(run, pairs):
