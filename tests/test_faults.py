@@ -838,7 +838,8 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from PIL import Image
 from conftest import TINY
-import restoration_utils as rufrom test_faults import most_memory
+import restoration_utils as ru
+from test_faults import most_memory
 settings, used = dataclasses.replace(TINY, max_faces=None), []
 picture = io.BytesIO()
 Image.new("RGB", (8, 8)).save(picture, "PNG")
