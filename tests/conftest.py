@@ -14,7 +14,9 @@ matplotlib.use("Agg")
 
 import restoration_utils as ru
 
-TINY = dataclasses.replace(ru.PROFILES["smoke"], width=2, discriminator_width=2, full_resolution_channels=2)
+TINY = dataclasses.replace(
+    ru.PROFILES["smoke"], width=2, discriminator_width=2, full_resolution_channels=2, mixed_precision=False
+)
 
 
 @pytest.fixture

@@ -29,11 +29,12 @@ class Sabotage(NamedTuple):
 
 
 SABOTAGES = (
-    Sabotage("no clip", "np.clip(np.rint(image), 0, 255).astype", "np.rint(image).astype", "clips_instead or wrap"),
+    Sabotage("no clip", "return cv2.add(image, noise.reshape(image.shape), dtype=cv2.CV_8U)",
+             "return image + noise.reshape(image.shape).astype(np.uint8)", "clips_instead or wrap"),
     Sabotage("no detach", "discriminator(degraded, restored.detach())", "discriminator(degraded, restored)",
              "discriminator_step"),
     Sabotage("no eval()", "    network.eval()\n", "", "eval_mode or comparison_restores"),
-    Sabotage("no no_grad", "        with torch.no_grad():\n            yield\n", "        yield\n", "eval_mode"),
+    Sabotage("no no_grad", "        with torch.inference_mode():\n            yield\n", "        yield\n", "eval_mode"),
     Sabotage("random state not restored", "    with torch.random.fork_rng(devices=[]):\n        "
              'torch.manual_seed(derive_seed(settings.seed, "generator"))', "    if True:\n        "
              'torch.manual_seed(derive_seed(settings.seed, "generator"))', "building_is_seeded"),
@@ -52,7 +53,7 @@ SABOTAGES = (
     Sabotage("MSE left out", 'loss = losses["l1"] + run.settings.mse_weight * losses["mse"]', 'loss = losses["l1"]',
              "pretrain_step"),
     Sabotage("100 of the L1", "l1_weight: float = 100.0", "l1_weight: float = 10.0", "settings_are_those"),
-    Sabotage("L1 left out", '(losses["g_adv"] + settings.l1_weight * losses["g_l1"])', 'losses["g_adv"]',
+    Sabotage("L1 left out", 'losses["g_adv"] + settings.l1_weight * losses["g_l1"]', 'losses["g_adv"]',
              "generator_step"),
     Sabotage("best is worst", 'min(history, key=lambda row: row["val_loss"])',
              'max(history, key=lambda row: row["val_loss"])', "early_stopping or best_epoch"),
@@ -63,12 +64,10 @@ SABOTAGES = (
     Sabotage("GAN's StepLR", "        for scheduler in schedulers:\n            scheduler.step()\n", "",
              "gan_schedules"),
     Sabotage("every second batch", "or number % 2 == 0", "or True", "gan_schedules"),
-    Sabotage("zero_grad, pretraining", "    optimizer.zero_grad()\n    loss.backward()\n", "    loss.backward()\n",
-             "pretrain_step or four_epochs"),
-    Sabotage("zero_grad, discriminator", '    optimizer.zero_grad()\n    (0.5 * (losses["d_real"]',
-             '    (0.5 * (losses["d_real"]', "discriminator_step"),
-    Sabotage("zero_grad, generator", '    optimizer.zero_grad()\n    (losses["g_adv"]', '    (losses["g_adv"]',
-             "generator_step"),
+    Sabotage("zero_grad", "        optimizer.zero_grad()\n", "", "_step"),
+    Sabotage("32 bits for the local mean", "    with torch.autocast(images.device.type, enabled=False):",
+             "    if True:", "mixed_precision"),
+    Sabotage("unscaled gradients", "self.scaler.step(optimizer)", "optimizer.step()", "mixed_precision"),
     Sabotage("EXIF", "cv2.IMREAD_COLOR)", "cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)", "exif"),
     Sabotage("JPEG quality", "jpeg_quality: int = 95", "jpeg_quality: int = 75", "jpeg_is_written"),
     Sabotage("order of the epoch", "            loader.sampler.epoch = epoch\n", "", "order_of_its_own"),

@@ -183,3 +183,29 @@ def test_relative_paths_count_from_the_modules_folder_and_misspelt_sources_are_r
         ru.find_faces(TINY, places, {"FACES_DIR": "mine_too"})
     with pytest.raises(ValueError, match="Kaggel"):
         ru.find_faces(TINY, places, {"RESTORATION_FACES": "Kaggel"})
+
+
+def test_kept_images_are_those_of_the_files_to_the_last_bit(pairs, capsys):
+    kept = ru.keep_images(pairs, TINY)
+    assert kept.images.dtype == kept.holes.dtype == torch.uint8
+    assert kept.images.shape == (4 * 10, 3, 256, 256) and kept.holes.shape == (10, 1, 256, 256)
+    pairs = [*pairs, pairs[0]._replace(kind="clean")]
+    fast, slow = (ru.FaceRestorationGANDataset(pairs, TINY, k) for k in (kept, None))
+    for item in [*range(len(pairs)), (1, True), (2, True)]:
+        for one, two in zip(fast[item][:2], slow[item][:2]):
+            assert torch.equal(one, two)
+        assert torch.equal(fast[item][2]["hole"], slow[item][2]["hole"])
+    assert not capsys.readouterr().out
+
+
+def test_training_reads_every_file_once_and_says_so_if_memory_does_not_suffice(run, pairs, monkeypatch, capsys):
+    split, opened, read_image = ru.split_pairs(pairs, run.settings), [], ru.read_image
+    monkeypatch.setattr(ru, "read_image", lambda path: opened.append(path) or read_image(path))
+    settings = dataclasses.replace(run.settings, pretrain_epochs=3, sample_faces=0)
+    run = run._replace(settings=settings)
+    monkeypatch.setattr(ru, "save_samples", lambda *arguments: None)
+    monkeypatch.setattr(ru, "sample_batch", lambda *arguments: None)
+    ru.pretrain_generator(ru.build_generator(settings), split.pretrain_train, split.pretrain_validation, run)
+    assert len(opened) == len(set(opened)) == 40
+    assert ru.keep_images(pairs, dataclasses.replace(settings, cache_gb=0.001)) is None
+    assert "40 images would take 0.0085 GB, more than cache_gb" in capsys.readouterr().out

@@ -49,15 +49,18 @@ def test_noise_clips_instead_of_wrapping(level):
     assert np.mean(noisy == level) > 0.45
 
 
-def test_color_multiplies_s_and_v_as_colorsys_does():
-    image = np.array([[[40, 90, 180], [200, 120, 60], [10, 200, 30]]], np.uint8)
+@pytest.mark.parametrize("saturation", [(0.3, 0.7), (1.1, 3.0)])
+@pytest.mark.parametrize("value", [(0.6, 1.2), (1.2, 2.0)])
+def test_color_multiplies_s_and_v_as_colorsys_does(saturation, value):
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    image[0, :4] = (0, 0, 0), (255, 255, 255), (9, 9, 9), (0, 0, 255)
     rng = np.random.default_rng(3)
-    s_factor, v_factor = rng.uniform(0.3, 0.7), rng.uniform(0.6, 1.2)
-    result = ru.distort_colors(image, np.random.default_rng(3))
-    for pixel, changed in zip(image[0], result[0]):
+    s_factor, v_factor = rng.uniform(*saturation), rng.uniform(*value)
+    result = ru.distort_colors(image, np.random.default_rng(3), saturation, value)
+    for pixel, changed in zip(image.reshape(-1, 3), result.reshape(-1, 3)):
         h, s, v = colorsys.rgb_to_hsv(*(pixel[::-1] / 255))
-        expected = np.array(colorsys.hsv_to_rgb(h, s * s_factor, min(1, v * v_factor)))[::-1] * 255
-        assert np.abs(changed - expected).max() <= 1
+        expected = np.array(colorsys.hsv_to_rgb(h, min(1, s * s_factor), min(1, v * v_factor)))[::-1] * 255
+        assert np.abs(changed - expected).max() <= 0.5001  # of rounding
 
 
 def test_color_factors_cover_their_ranges_and_bright_pixels_do_not_wrap():

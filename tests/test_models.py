@@ -260,3 +260,9 @@ def test_building_is_seeded_and_leaves_the_global_random_state_alone():
     first, second = ru.build_generator(TINY).state_dict(), ru.build_generator(TINY).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_joined_is_the_convolution_of_the_concatenation():
+    convolution, features, images = torch.nn.Conv2d(7, 5, 3, padding=1), torch.rand(2, 4, 8, 8), torch.rand(2, 3, 8, 8)
+    expected = convolution(torch.cat([features, images], 1))
+    assert torch.allclose(ru.joined(convolution, features, images), expected, atol=1e-6)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import restoration_utils as ru
 
+FLOAT32 = ru.Precision(torch.device("cpu"), wanted=False)
 CHANGES = {"pretrain_epochs": 4, "gan_epochs": 4, "ema": 0.9, "pretrain_lr_step": 3, "gan_lr_step": 3}
 
 
@@ -59,7 +60,7 @@ def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_parts(run, batch
     optimizer = torch.optim.SGD(generator.parameters(), 1.0)
     for parameter in generator.parameters():
         parameter.grad = torch.ones_like(parameter)  # must be cleared by the step
-    ru.pretrain_step(generator, optimizer, batch, run)
+    ru.pretrain_step(generator, optimizer, batch, run, FLOAT32)
     assert all(torch.allclose(p, e, atol=1e-6) for p, e in zip(generator.parameters(), expected))
 
 
@@ -83,7 +84,8 @@ def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch)
     expected = gradient_step(reference, 0.5 * (((real - 1) ** 2).mean() + (fake**2).mean()))
     for parameter in discriminator.parameters():
         parameter.grad = torch.ones_like(parameter)  # of a step before, to be forgotten
-    ru.discriminator_step(discriminator, torch.optim.SGD(discriminator.parameters(), 1.0), batch[0], restored, batch[1])
+    optimizer = torch.optim.SGD(discriminator.parameters(), 1.0)
+    ru.discriminator_step(discriminator, optimizer, batch[0], restored, batch[1], FLOAT32)
     assert all(torch.allclose(p, e, atol=1e-5) for p, e in zip(discriminator.parameters(), expected))
     assert same(before, generator.state_dict()) and all(p.grad is None for p in generator.parameters())
 
@@ -99,7 +101,7 @@ def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminat
     optimizer = torch.optim.SGD(generator.parameters(), 1.0)
     for parameter in generator.parameters():
         parameter.grad = torch.ones_like(parameter)  # of a step before, to be forgotten
-    ru.generator_step(discriminator, optimizer, batch[0], generator(batch[0]), batch[1], TINY)
+    ru.generator_step(discriminator, optimizer, batch[0], generator(batch[0]), batch[1], TINY, FLOAT32)
     assert all(torch.allclose(p, e, atol=1e-4) for p, e in zip(generator.parameters(), expected))
     assert same(before, discriminator.state_dict())
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
@@ -171,7 +173,7 @@ def test_validation_is_in_eval_mode_and_changes_nothing(run, pairs):
 @pytest.mark.parametrize(("stage", "plain"), [("pretrain", False), ("gan", False), ("gan", True)])  # with its dropout
 def test_four_epochs_equal_two_and_two_more_bit_for_bit(run, pairs, places, tmp_path, stage, plain):
     train, key = (pretrain, "pretrain_epochs") if stage == "pretrain" else (train_gan, "gan_epochs")
-    run = with_settings(run, plain=plain)
+    run = with_settings(run, plain=plain, mixed_precision=not plain)
     whole = with_settings(run, **CHANGES)
     train(whole, pairs)
     moved = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "second"))
@@ -183,6 +185,89 @@ def test_four_epochs_equal_two_and_two_more_bit_for_bit(run, pairs, places, tmp_
         for row in content["history"]:
             row.pop("seconds")
     assert len(one["history"]) == 4 and same(one, two)
+
+
+def precision_of(dtype):
+    precision = ru.Precision(torch.device("cpu"), wanted=False)
+    precision.dtype = dtype
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == torch.float16)
+    return precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_restores_and_learns_what_float32_does(run, dtype):
+    settings = dataclasses.replace(TINY, width=8, full_resolution_channels=8, discriminator_width=8)
+    face = ru.draw_portrait(np.random.default_rng(0), 128)
+    clean = torch.stack([ru.image_transform()(ru.to_pil(np.roll(face, shift, 1))) for shift in (0, 30, 60, 90)])
+    degraded = (clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    info, results = {"hole": torch.zeros(4, 1, 256, 256)}, []
+    for precision in (FLOAT32, precision_of(dtype)):
+        generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
+        optimizers = [ru.adam(network, 1e-3) for network in (generator, discriminator)]
+        this, losses = with_settings(run, width=8), []
+        for _ in range(8):
+            losses.append(ru.pretrain_step(generator, optimizers[0], (degraded, clean, info), this, precision))
+        for _ in range(4):
+            with precision.forward():
+                restored = generator(degraded)
+            assert restored.dtype == torch.float32
+            step = ru.discriminator_step(discriminator, optimizers[1], degraded, restored, clean, precision)
+            step |= ru.generator_step(discriminator, optimizers[0], degraded, restored, clean, settings, precision)
+            losses.append(step)
+        results.append([{name: value.item() for name, value in step.items()} for step in losses])
+    for exact, mixed in zip(*results):
+        assert mixed == pytest.approx(exact, rel=0.05, abs=2e-3)
+    assert results[0][7]["l1"] < results[0][0]["l1"]
+
+
+def test_gradients_that_overflow_for_good_stop_the_training(run, pairs, monkeypatch):
+    precision = precision_of(torch.float16)
+    assert not precision.has_collapsed()
+    optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.ones(1))], 1.0)
+    for _ in range(25):
+        precision.update(optimizer, weight.sum() * torch.inf)
+    assert precision.has_collapsed() and not FLOAT32.has_collapsed()
+    monkeypatch.setattr(ru.Precision, "has_collapsed", lambda self: True)
+    with pytest.raises(FloatingPointError, match="the gradients"):
+        pretrain(run, pairs)
+    assert not (run.outputs / "pretrain_last.pth").exists()
+
+
+def test_mixed_precision_sees_grain_of_less_than_a_grey_level_as_float32_does():
+    clean = ru.image_transform()(ru.to_pil(ru.draw_portrait(np.random.default_rng(0), 256)))[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = ru.noise_level(ru.detail_of(clean))
+    assert torch.equal(mixed, ru.noise_level(ru.detail_of(clean)))
+
+
+def test_mixed_precision_leaves_out_a_step_whose_gradients_overflow():
+    network = torch.nn.Linear(1, 1)
+    optimizer, precision = torch.optim.SGD(network.parameters(), 1.0), precision_of(torch.float16)
+    before, scale = copy.deepcopy(network.state_dict()), precision.scaler.get_scale()
+    precision.update(optimizer, network(torch.full((1, 1), torch.inf)).sum())
+    assert same(before, network.state_dict()) and precision.scaler.get_scale() < scale
+    precision.update(optimizer, network(torch.ones(1, 1)).sum())
+    assert network.weight.item() == pytest.approx(before["weight"].item() - 1)  # unscaled again
+    other = precision_of(torch.float16)
+    other.load_state_dict(precision.state_dict())
+    assert other.scaler.get_scale() == precision.scaler.get_scale()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "gan"])
+def test_a_training_says_when_it_ends_and_stops_within_its_time(run, pairs, places, tmp_path, capsys, stage):
+    train = pretrain if stage == "pretrain" else train_gan
+    train(with_settings(run, **CHANGES), pairs)
+    whole = capsys.readouterr().out
+    assert whole.count("more minutes for all epochs, until") == 1 and "stopped" not in whole
+    moved = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "second"))
+    train(with_settings(moved, **CHANGES, time_budget=1e-9), pairs)
+    assert f"{stage}: stopped after epoch 1 of 4" in capsys.readouterr().out
+    assert len(ru.load_checkpoint(moved.outputs / f"{stage}_last.pth")["history"]) == 1
+    train(with_settings(moved, **CHANGES), pairs)
+    one, two = (ru.load_checkpoint(r.outputs / f"{stage}_last.pth") for r in (run, moved))
+    assert same(one["average"], two["average"]) and len(two["history"]) == 4
+    assert ru.hours_allowed(run) == np.inf
+    assert ru.hours_allowed(run._replace(places=dataclasses.replace(places, platform="Kaggle"))) == 11
 
 
 def test_pretraining_writes_its_files_and_keeps_the_best_epoch(run, pairs, capsys):
