@@ -964,10 +964,10 @@ def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
         return [i for i in range(count) if not (folder / f"portrait_{i:04d}.jpg").exists()]
 
     if missing():
-        with alone_in(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
+        with alone_in(folder):
             todo = missing()  # another run may have drawn them meanwhile
             with progress("drawing portraits", len(todo), "face") as bar:
-                for _ in pool.map(draw, todo):
+                for _ in in_parallel(draw, todo):
                     bar.update()
 
 
