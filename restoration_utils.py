@@ -1,17 +1,16 @@
 """Face and old-photo restoration: the one helper module of the six notebooks.
 
-Read it from top to bottom beside the notebooks; every section calls only what stands above it:
+Read it from top to bottom beside the notebooks; every section calls only what stands above it, but for the portraits:
 
-    settings and places     all notebooks     profiles, folders, device, files, progress
-    faces                   01                finding the portraits, or drawing synthetic ones
-    degradation             01                noise, faded colours, holes; a whole folder of them
-    data                    02                pairs, splits by original, loaders
-    models                  03                U-Net generator, PatchGAN discriminator
-    checkpoints             04, 05            saving, finding, loading, resuming
-    pretraining             04                L1 + 0.1 MSE, StepLR, early stopping
-    GAN training            05                least-squares GAN + 100 L1 (pix2pix)
-    evaluation              06                PSNR, SSIM, L1; restoring a photograph of one's own
-    figures                 02 to 06          grids and loss curves
+    settings and places, files              all notebooks
+    faces, degradation                      01
+    data                                    02
+    generator, discriminator                03
+    checkpoints, training, pretraining      04
+    GAN training                            05
+    restoration                             06
+    figures                                 02 to 06
+    appendix: the synthetic portraits       01
 
 Conventions: image files and the degradations hold uint8 BGR arrays (H, W, 3), as OpenCV does; networks see float RGB
 tensors (N, 3, 256, 256) in [-1, 1]. Importing this module has no side effects.
@@ -21,20 +20,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import functools
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import tempfile
 import time
 import uuid
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -43,18 +46,25 @@ from typing import Any, NamedTuple
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
+import psutil
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Sampler, random_split
+from torch.utils.data import DataLoader, Dataset, random_split
 from torchvision import transforms
+from torchvision.utils import save_image
 
 # ======================================================================================================================
 # Settings and places
 # ======================================================================================================================
+
+IMAGE_SIZE = 256  # px, what the networks see: eight halvings take it to 1
+KINDS = ("noisy", "color", "occluded")  # of degradation, and the suffixes of their files
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,6 @@ class Settings:
     jpeg_quality: int = 95  # 4:4:4; lower, or with subsampled colour, JPEG would be a fourth degradation
 
     # step 2, data
-    image_size: int = 256  # px, what the networks see
-    cache_gb: float = 4.0  # of memory for the images of that size; if they do not fit, every epoch reads them anew
     pretrain_validation: float = 0.2  # share of the originals
     gan_validation: float = 0.1  # share of the originals, a subset of the above
     pretrain_batch: int = 8
@@ -91,16 +99,15 @@ class Settings:
     width: int = 64  # channels of the generator's first layer; the widest have 8 times as many
     discriminator_width: int = 64
     full_resolution_channels: int = 32  # of the generator's output layer, where the input joins as the last skip
-    plain: bool = False  # the recipe as commonly written: instance norm, dropout 0.5, every pixel drawn anew; sets
-    # parts_weight, ema and shift to zero
+    plain: bool = False  # the networks as commonly written; see PLAIN
 
     # both trainings
     mixed_precision: bool = True  # convolutions in 16 bits where the hardware is faster with them
-    time_budget: float | None = None  # hours that a training may take; None: 11 on Kaggle, which stops at 12, else any
-    ema: float = 0.99  # decay of the average of the weights that is validated and saved
+    time_budget: float | None = None  # hours from the session's start; None: 11 on Kaggle, which stops at 12, else any
+    ema: float = 0.99  # highest decay of the average of the weights that is validated and saved
     lr_gamma: float = 0.1  # StepLR's factor
     sample_every: int = 1  # epochs
-    sample_faces: int = 2  # validation faces in every sample image, each in all three kinds
+    sample_faces: int = 2  # validation faces in every sample image, each in all kinds
 
     # step 4, pretraining
     pretrain_epochs: int = 10
@@ -108,7 +115,7 @@ class Settings:
     pretrain_lr_step: int = 15  # epochs
     patience: int = 10  # epochs without a better validation loss before stopping early
     mse_weight: float = 0.1  # beside L1
-    parts_weight: float = 1.0  # of the loss that teaches the generator's parts (colour, holes), beside L1
+    heads_weight: float = 1.0  # of the loss that teaches the generator's heads (colour, holes), beside L1
 
     # step 5, GAN training
     gan_epochs: int = 10
@@ -121,45 +128,50 @@ class Settings:
     every_second_batch_after: int = 10  # epochs; from then on the generator is trained on every second batch only
     checkpoint_every: int = 10  # epochs
 
-    def __post_init__(self) -> None:
-        if self.plain:  # what the recipe does not have is off, whatever it was set to
-            for name, off in {"parts_weight": 0.0, "ema": 0.0, "shift": 0}.items():
-                object.__setattr__(self, name, off)
+
+def _narrow(width: int, **changes: Any) -> Settings:
+    """Settings of a profile with narrow networks."""
+    widths = dict.fromkeys(("width", "discriminator_width", "full_resolution_channels"), width)
+    return Settings(checkpoint_every=1, **widths, **changes)
 
 
 PROFILES = {
     "full": Settings(),
-    "quick": Settings(
-        profile="quick", max_faces=200, portraits=200, portrait_size=512, width=16, discriminator_width=16,
-        full_resolution_channels=16, gan_epochs=3, checkpoint_every=1,
+    "quick": _narrow(16, profile="quick", max_faces=200, portraits=200, portrait_size=512, gan_epochs=3),
+    "smoke": _narrow(
+        4, profile="smoke", max_faces=12, portraits=12, portrait_size=128, pretrain_epochs=2, gan_epochs=2
     ),
-    "smoke": Settings(
-        profile="smoke", max_faces=12, portraits=12, portrait_size=128, width=4, discriminator_width=4,
-        full_resolution_channels=4, pretrain_epochs=2, gan_epochs=2, checkpoint_every=1,
-    ),
-}  # fmt: skip
+}
+# The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew, the pair as it is.
+PLAIN = {"plain": True, "heads_weight": 0.0, "ema": 0.0, "shift": 0}
+VARIABLES = tuple(f"RESTORATION_{name}" for name in ("PROFILE", "PLAIN", "STRICT", "FACES"))
 
 
-def choose_settings(device: torch.device, environ: Mapping[str, str] = os.environ) -> Settings:
-    """The profile named by RESTORATION_PROFILE; without it `full` on a GPU and `quick` on a CPU.
+def is_on(variable: str) -> bool:
+    """Whether an environment variable is 1; unset, empty or 0 is off. ValueError for anything else."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{variable} is {value!r}; set it to 1 or leave it out")
+    return value == "1"
 
-    With RESTORATION_PLAIN=1, the same schedule for the recipe as commonly written, without what this project adds.
+
+def choose_settings(device: torch.device) -> Settings:
+    """The profile of RESTORATION_PROFILE, else `full` on a GPU and `quick` on a CPU; RESTORATION_PLAIN=1: see PLAIN.
+
+    ValueError for a profile, or a variable that begins with RESTORATION_, that is none of ours: misspelt, it would be
+    ignored in silence.
     """
-    name = environ.get("RESTORATION_PROFILE") or ("full" if device.type == "cuda" else "quick")
+    for variable in os.environ:
+        if variable.startswith("RESTORATION_") and variable not in VARIABLES:
+            meant = difflib.get_close_matches(variable, VARIABLES, 1) or VARIABLES
+            raise ValueError(f"{variable} means nothing to this project; did you mean {' or '.join(meant)}?")
+    name = os.environ.get("RESTORATION_PROFILE") or ("full" if device.type == "cuda" else "quick")
     if name not in PROFILES:
         raise ValueError(f"RESTORATION_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
-    return replace(PROFILES[name], plain=is_on("RESTORATION_PLAIN", environ))
+    return replace(PROFILES[name], **PLAIN) if is_on("RESTORATION_PLAIN") else PROFILES[name]
 
 
-def is_on(switch: str, environ: Mapping[str, str]) -> bool:
-    """Whether an environment variable is 1; unset, empty or 0 is off. ValueError for anything else."""
-    if environ.get(switch, "") not in ("", "0", "1"):
-        raise ValueError(f"{switch} is {environ[switch]!r}; set it to 1 or leave it out")
-    return environ.get(switch) == "1"
-
-
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Where things live: what is written (`outputs`, `degraded`) and, on Kaggle, what is attached (read-only)."""
 
     platform: str
@@ -168,36 +180,34 @@ class Places:
     attached: Path | None = None
 
 
-def _kaggle_folder(root: Path) -> Path | None:
-    """The folder that holds Kaggle's `input` and `working`: at the root, or above the notebook or this module."""
-    above = [parent for start in (Path.cwd(), Path(__file__).resolve()) for parent in (start, *start.parents)]
-    candidates = [root / "kaggle", *(folder for folder in above if folder.name == "kaggle")]
-    return next((c for c in candidates if (c / "input").is_dir() and (c / "working").is_dir()), None)
-
-
 def given_path(text: str) -> Path:
-    """A path that a user gave, absolute; a relative one counts from this module's folder."""
+    """A path that a user gave, absolute; a relative one counts from this module's folder, wherever a notebook runs."""
     return (Path(__file__).resolve().parent / Path(text).expanduser()).resolve()
 
 
-def find_places(root: str | Path = "/", environ: Mapping[str, str] = os.environ) -> Places:
+def find_places() -> Places:
     """Kaggle: /kaggle/working. Elsewhere: outputs/ beside this module. OUTPUT_DIR overrides both.
 
-    As in FACES_DIR, a relative path counts from this module's folder, wherever the notebook runs.
-    `root` stands for the file system's root, so that a test can make up a Kaggle.
+    Kaggle's folder may also lie above the notebook or this module. OSError, saying what to set, if nothing can be
+    written there.
     """
-    kaggle = _kaggle_folder(Path(root))
-    platform = "Kaggle" if kaggle else "Colab" if "COLAB_RELEASE_TAG" in environ else "local"
-    outputs = kaggle / "working" / "outputs" if kaggle else Path(__file__).resolve().parent / "outputs"
-    degraded = (kaggle / "working" if kaggle else outputs) / "fakefaces_degraded"
-    if environ.get("OUTPUT_DIR"):
-        outputs = given_path(environ["OUTPUT_DIR"])
-        degraded = outputs / "fakefaces_degraded"
-    outputs.mkdir(parents=True, exist_ok=True)
+    above = [parent for begin in (Path.cwd(), Path(__file__).resolve()) for parent in (begin, *begin.parents)]
+    candidates = [Path("/kaggle"), *(folder for folder in above if folder.name == "kaggle")]
+    kaggle = next((c for c in candidates if (c / "input").is_dir() and (c / "working").is_dir()), None)
+    platform = "Kaggle" if kaggle else "Colab" if "COLAB_RELEASE_TAG" in os.environ else "local"
+    given = os.environ.get("OUTPUT_DIR")
+    outputs = kaggle / "working" / "outputs" if kaggle and not given else given_path(given or "outputs")
+    degraded = (outputs.parent if kaggle and not given else outputs) / "fakefaces_degraded"
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=outputs).close()
+    except OSError as error:
+        where = f"OUTPUT_DIR names {outputs}" if given else f"results would go to {outputs}"
+        raise OSError(f"{where}, which cannot be written ({error.strerror}); set OUTPUT_DIR to a folder") from error
     return Places(platform, outputs, degraded, kaggle / "input" if kaggle else None)
 
 
-def choose_device(report: Callable[[str], None] = print) -> torch.device:
+def choose_device() -> torch.device:
     """CUDA if one convolution really runs on it, otherwise the CPU, with the reason.
 
     A P100 answers `is_available()` and then fails: current PyTorch builds hold no kernels for it.
@@ -206,13 +216,13 @@ def choose_device(report: Callable[[str], None] = print) -> torch.device:
         return torch.device("cpu")
     try:
         F.conv2d(torch.ones(1, 1, 4, 4, device="cuda"), torch.ones(1, 1, 3, 3, device="cuda")).sum().item()
-        torch.backends.cudnn.benchmark = True  # all images have one size: worth finding the fastest algorithms for it
-        return torch.device("cuda")
     except RuntimeError as error:
-        name = torch.cuda.get_device_name()
-        reason = str(error).splitlines()[0]
-        report(f"The GPU ({name}) cannot run this PyTorch ({reason}); using the CPU. On Kaggle choose 'GPU T4 x2'.")
+        name, reason = torch.cuda.get_device_name(), str(error).splitlines()[0]
+        print(f"The GPU ({name}) cannot run this PyTorch ({reason}); using the CPU. On Kaggle choose 'GPU T4 x2'.")
         return torch.device("cpu")
+    torch.backends.cudnn.benchmark = True  # training batches have one shape: worth finding the fastest algorithms
+    torch.backends.cudnn.allow_tf32 = False  # what is not in 16 bits on purpose is in 32, not in TF32's 19
+    return torch.device("cuda")
 
 
 def keep_freed_memory() -> None:
@@ -227,36 +237,45 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
-def start(report: Callable[[str], None] = print) -> tuple[Settings, Places, torch.device]:
-    """What every notebook's setup cell calls: settings, places and device, and one line that names them.
+def in_notebook() -> bool:
+    """Whether this runs in a kernel."""
+    return hasattr(sys.modules.get("IPython"), "get_ipython") and hasattr(
+        sys.modules["IPython"].get_ipython(), "kernel"
+    )
 
-    In a notebook it also makes inline figures JPEG.
-    """
-    if "ipykernel" in sys.modules:  # as PNG, the many photographs would make notebooks of several megabytes
+
+def start() -> tuple[Settings, Places, torch.device]:
+    """What every notebook's setup cell calls: settings, places and device, and one line that names them."""
+    if in_notebook():  # as PNG, the many photographs would make notebooks of several megabytes
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+    warnings.filterwarnings("ignore", module="PIL")  # about pictures' metadata, in the middle of a progress bar
     keep_freed_memory()
-    device = choose_device(report)
+    is_on("RESTORATION_STRICT")  # a wrong value is an error now, not after the training
+    device = choose_device()
     settings, places = choose_settings(device), find_places()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, OpenCV {cv2.__version__}"
     profile = settings.profile + (", the plain recipe" if settings.plain else "")
     outputs = os.path.relpath(places.outputs) if places.outputs.is_relative_to(Path.cwd().parent) else places.outputs
-    report(f"{versions} | {places.platform}, {name} | profile {profile} | outputs in {outputs}")
+    print(f"{versions} | {places.platform}, {name} | profile {profile} | outputs in {outputs}")
     return settings, places, device
 
 
-def check(claim: str, holds: bool, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
+def check(claim: str, holds: bool, settings: Settings) -> None:
     """Says whether what a notebook's prose promises held in this run.
 
     With RESTORATION_STRICT=1 a broken promise is an AssertionError, except in `smoke`, which is too short to learn.
     """
-    strict = is_on("RESTORATION_STRICT", environ) and settings.profile != "smoke"
-    if strict and not holds:
+    if is_on("RESTORATION_STRICT") and settings.profile != "smoke" and not holds:
         raise AssertionError(f"does not hold in this run: {claim}")
     print(f"holds: {claim}" if holds else f"DOES NOT HOLD in this run (profile {settings.profile}): {claim}")
 
+
+# ======================================================================================================================
+# Files
+# ======================================================================================================================
 
 PARTIAL = ".partial-"  # how the names of files begin that are not yet whole
 
@@ -264,9 +283,23 @@ PARTIAL = ".partial-"  # how the names of files begin that are not yet whole
 def derive_seed(*parts: object) -> int:
     """A 64-bit seed from what it is for: (seed, kind, file name) of a degraded file, (seed, stage, epoch) of an epoch.
 
-    So nothing random depends on the order in which things happen, or on the number of workers.
+    So nothing random depends on the order in which things happen.
     """
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
+    text = "/".join(str(part).replace("/", "\0") for part in parts)  # ("a/b",) is not ("a", "b")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def fingerprint(*parts: object) -> str:
+    """16 hexadecimal digits that stand for anything made of numbers, strings and bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 face`, `2 faces`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 @contextlib.contextmanager
@@ -274,71 +307,61 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to, and renames it when that succeeded.
 
     Whoever reads `path` finds the old file or the whole new one, never half of it. The suffix is kept, since
-    savefig chooses the format by it. Raises OSError, naming `path` and the room that is left, if it cannot be written.
+    savefig chooses the format by it. OSError, naming `path` and the room that is left, if it cannot be written.
     """
+    temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield temporary
+        os.replace(temporary, path)
     except OSError as error:
         room = next(shutil.disk_usage(p).free for p in path.parents if p.is_dir())
         raise OSError(
             f"{path} could not be written ({error.strerror or error}; {room / 1e6:.0f} MB are free there). What was "
             "there before is kept: mend that, and run this again"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def alone_in(*folders: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Only one run at a time gets into this block with a folder; leftovers of a killed one are swept out first.
 
-    The lock is the operating system's and ends with its holder, however that dies; the workers of a killed run's loader
-    hold it for some seconds longer. Folders are made if missing. Raises RuntimeError if another run holds one of them,
-    OSError if their file system has no locks.
+    The lock is the operating system's and ends with its holder, however that dies. RuntimeError if another run has it,
+    OSError if the folder's file system has none.
     """
-    with contextlib.ExitStack() as stack:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(FileLock(folder / ".lock", timeout=10))
-            except Timeout as error:
-                raise RuntimeError(
-                    f"another run is writing to {folder}. Wait until it has ended, stop it (in Jupyter: shut down its "
-                    "kernel), or set another OUTPUT_DIR"
-                ) from error
-            except (OSError, NotImplementedError) as error:
-                raise OSError(f"{folder} cannot be locked ({error}): set OUTPUT_DIR to one on a local disk") from error
-            for leftover in folder.glob(f"{PARTIAL}*"):
-                with contextlib.suppress(FileNotFoundError):  # what is being written now is younger than a minute
-                    if time.time() - leftover.stat().st_mtime > 60:
-                        leftover.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=10)
+    except Timeout as error:
+        remedy = "Wait until it has ended, stop it (in Jupyter: shut down its kernel), or set another OUTPUT_DIR"
+        raise RuntimeError(f"another run is writing to {folder}. {remedy}") from error
+    except (OSError, NotImplementedError) as error:
+        raise OSError(f"{folder} cannot be locked ({error}): set OUTPUT_DIR to one on a local disk") from error
+    with lock:
+        for leftover in folder.glob(f"{PARTIAL}*"):
+            with contextlib.suppress(FileNotFoundError):  # what is being written now is younger than a minute
+                if time.time() - leftover.stat().st_mtime > 60:
+                    leftover.unlink()
         yield
 
 
 def copy_file(source: Path, destination: Path) -> None:
     """Copies a file atomically."""
-    with source.open("rb") as content, atomic(destination) as temporary, temporary.open("wb") as copy:
-        shutil.copyfileobj(content, copy)
-
-
-def in_parallel(function: Callable, items: Sequence, workers: int | None = None) -> Iterator:
-    """As `map`, in threads; 500 at a time, since every waiting call takes a kilobyte."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for first in range(0, len(items), 500):
-            yield from pool.map(function, items[first : first + 500])
+    with atomic(destination) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def write_json(path: Path, content: object) -> None:
     """Writes `content` as JSON, atomically."""
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)  # piece by piece: as one string, a long one would take as much again
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-class _CellLine(io.TextIOBase):
+class CellLine(io.TextIOBase):
     """A stream for tqdm that shows its newest line in the notebook cell, replacing the one before.
 
     Plain tqdm writes to stderr, and its widget needs ipywidgets; either leaves debris in a saved notebook.
@@ -357,84 +380,102 @@ class _CellLine(io.TextIOBase):
 
 
 def progress(label: str, total: int, unit: str, initial: int = 0):
-    """A tqdm bar: one line in a notebook cell, a live bar on a terminal, nothing in a log file."""
+    """A tqdm bar: one line in a notebook cell, a live bar on a terminal, nothing in a log file or without stderr."""
     from tqdm import tqdm
 
-    in_notebook = "ipykernel" in sys.modules
-    return tqdm(
-        desc=label, total=total, unit=unit, initial=initial, mininterval=0.5, ascii=" -#" if in_notebook else None,
-        file=_CellLine() if in_notebook else sys.stderr, disable=not (in_notebook or sys.stderr.isatty()),
-    )  # fmt: skip
+    if in_notebook():
+        options = {"file": CellLine(), "ascii": " -#"}
+    else:
+        options = {"disable": sys.stderr is None or not sys.stderr.isatty()}
+    return tqdm(desc=label, total=total, unit=unit, initial=initial, mininterval=0.5, **options)
 
 
-# ======================================================================================================================
-# Faces
-# ======================================================================================================================
+def in_parallel(function: Callable, items: Sequence, label: str = "", unit: str = "", workers: int = 0) -> Iterator:
+    """As `map`, in threads, with a progress bar if it has a label; results do not pile up before they are used."""
+    bar = progress(label, len(items), unit) if label else contextlib.nullcontext()
+    with bar, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for first in range(0, len(items), 64):
+            for result in pool.map(function, items[first : first + 64]):
+                yield result
+                if label:
+                    bar.update()
 
-KINDS = ("noisy", "color", "occluded")  # of degradation, and the suffixes of their files
-MANIFEST = "degraded_manifest.json"  # lies in every folder of degraded images and says what made them
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
+UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # pictures, but for other programs
 MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, restoring 80
-UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # pictures for others
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """The one loader of image files: uint8 BGR (H, W, 3), EXIF orientation applied, as `cv2.imread` gives it.
+    """The one loader of image files: uint8 BGR (H, W, 3), as `cv2.imread` gives it, EXIF orientation applied.
 
-    16-bit images are brought to 8 bits, grey ones get three equal channels, transparency is dropped. Everything else
-    goes through here too, PIL included (`open_image`), so that every step sees the same pixels.
-
-    Raises ValueError, naming the file, if it cannot be read, is empty, truncated, no image, or has over MAX_PIXELS;
-    MemoryError if there is not enough for it.
+    16 bits are brought to 8, grey gets three equal channels, transparency is dropped, of an animation the first picture
+    counts. By Pillow, which tells a whole file from a cut one; the orientation is applied here, so that it is the same
+    for every format and version. ValueError, naming the file, if it cannot be read, is damaged or has over MAX_PIXELS.
     """
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit is a little lower, and only a warning
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Photoshop writes more text than Pillow accepts by default
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    if not content:
-        raise ValueError(f"{path}: the file is empty")
-    if content[:2] == b"\xff\xd8" and _is_truncated_jpeg(content):
-        raise ValueError(f"{path}: the JPEG is truncated")
-    if (pixels := _count_pixels(content)) > MAX_PIXELS:
-        raise ValueError(f"{path}: too many pixels ({pixels / 1e6:.0f} million; {MAX_PIXELS / 1e6:.0f} are the most)")
-    try:  # what cv2.imread does, but on Windows that cannot open a path that is not ASCII
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        if error.code == cv2.Error.StsNoMem:
-            raise MemoryError(f"{path}: not enough memory to read it") from error
-        raise ValueError(f"{path}: OpenCV cannot read it ({error.err or error})") from error
-    if image is None:
-        convert = "; convert it to JPEG" if Path(path).suffix.lower() in UNREAD_SUFFIXES else ""
-        raise ValueError(f"{path}: not an image that OpenCV can read{convert}")
-    return image
+        with Image.open(path) as image:
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{pixels / 1e6:.0f} million, {MAX_PIXELS / 1e6:.0f} are the most")
+            rgb = _to_rgb(image)
+            if image.format in ("JPEG", "MPO") and _is_patched_jpeg(Path(path).read_bytes(), rgb):
+                raise ValueError("a part of the picture is missing")
+            rgb = _upright(image, rgb)
+    except MemoryError:
+        raise MemoryError(f"{path}: not enough memory to read it") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: too many pixels ({error})") from error
+    except Exception as error:  # whatever Pillow's many readers trip over
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else getattr(error, "strerror", None)
+        remedy = "If other programs open it, save it from there as PNG or JPEG"
+        raise ValueError(f"{path}: cannot be read ({reason or error or type(error).__name__}). {remedy}") from error
+    return cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
 
 
-def _count_pixels(content: bytes) -> int:
-    """How many pixels a picture's header promises, since kilobytes may unpack to gigabytes; 0 if it is not understood.
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """An opened image as uint8 RGB (H, W, 3). ValueError for what has no agreed range."""
+    if image.mode == "F" or (
+        image.mode.startswith("I") and not image.mode.startswith("I;16") and image.format != "PNG"
+    ):
+        raise ValueError("its values are neither of 8 nor of 16 bits")
+    if image.mode.startswith("I"):
+        return np.dstack([(np.asarray(image) >> 8).astype(np.uint8)] * 3)
+    return np.asarray(image.convert("RGB"))
 
-    A PNG's header is read here: PIL reads all that stands before the picture, too, and refuses what OpenCV accepts.
+
+def _upright(image: Image.Image, rgb: np.ndarray) -> np.ndarray:
+    """The pixels of `image` turned and mirrored as its EXIF orientation says; damaged EXIF data say nothing."""
+    with contextlib.suppress(Exception):
+        if (orientation := image.getexif().get(0x0112, 1)) != 1:
+            turned = Image.fromarray(rgb)
+            turned.getexif()[0x0112] = orientation
+            return np.asarray(ImageOps.exif_transpose(turned))
+    return rgb
+
+
+def _is_patched_jpeg(content: bytes, rgb: np.ndarray) -> bool:
+    """Whether a part of the picture is missing although an end marker says that it is whole (a cut file, mended).
+
+    Decoders fill what is missing with flat blocks and say nothing. So where the last block is flat, other bytes are put
+    behind the picture's last one: a whole picture does not change by that.
     """
-    if content[:8] == b"\x89PNG\r\n\x1a\n":
-        return int.from_bytes(content[16:20], "big") * int.from_bytes(content[20:24], "big")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.width * image.height
-    except Image.DecompressionBombError:
-        return 2 * Image.MAX_IMAGE_PIXELS
-    except Exception:  # whatever PIL trips over; OpenCV may do better
-        return 0
-
-
-def _is_truncated_jpeg(content: bytes) -> bool:
-    """Whether no end marker follows the first scan; OpenCV fills what is missing with grey and says nothing.
-
-    Segments are skipped by their length: a thumbnail in the EXIF data has an end marker of its own.
-    """
-    position = 2
-    while content[position : position + 1] == b"\xff" and content[position + 1 : position + 2] != b"\xda":
-        is_filler = content[position + 1 : position + 2] == b"\xff"  # any number of them may precede a marker
-        position += 1 if is_filler else 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-    return content.find(b"\xff\xd9", position) < 0
+    height, width = ((n - 1) % 8 + 1 for n in rgb.shape[:2])
+    if np.ptp(rgb[-height:, -width:, 1]) > 3 and b"\xff\xc2" not in content:  # progressive ones end in refinements
+        return False
+    position = end = 2
+    while (marker := content[position : position + 2])[:1] == b"\xff" and marker not in (b"\xff\xd8", b"\xff\xd9"):
+        if marker == b"\xff\xff":  # any number of them may precede a marker
+            position += 1
+            continue
+        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+        if marker == b"\xff\xda":  # the picture's data, up to the next marker that is no restart
+            following = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]").search(content, position)
+            position = end = following.start() if following else len(content)
+    other = np.random.default_rng(0).integers(0, 255, 4096, dtype=np.uint8).tobytes()
+    with Image.open(io.BytesIO(content[:end] + other + b"\xff\xd9")) as image:
+        return not np.array_equal(_to_rgb(image), rgb)
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -447,540 +488,51 @@ def open_image(path: str | Path) -> Image.Image:
     return to_pil(read_image(path))
 
 
-def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality) -> None:
-    """Writes uint8 BGR (H, W, 3) atomically; a .jpg with the given quality and full colour resolution (4:4:4)."""
-    sampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
+JPEG_HEADER = 20  # bytes of every JPEG that OpenCV writes: start of image, JFIF segment
+
+
+def jpeg_comment(text: str) -> bytes:
+    """A comment segment: marker, length, text."""
+    return b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text.encode()
+
+
+def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality, comment: str = "") -> None:
+    """Writes uint8 BGR (H, W, 3) atomically; a .jpg with the given quality, full colour resolution (4:4:4), a comment.
+
+    What `cv2.imwrite` does, but that one cannot open a path on Windows that is not ASCII.
+    """
     path = Path(path)
     is_jpeg = path.suffix.lower() in {".jpg", ".jpeg"}
-    try:  # what cv2.imwrite does, but on Windows that cannot open a path that is not ASCII
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    try:
         done, content = cv2.imencode(path.suffix, image, options if is_jpeg else [])
     except cv2.error:
         done = False
     if not done:
-        height, width = image.shape[:2]
-        raise ValueError(f"{path}: OpenCV cannot write {width} x {height} px as {path.suffix}")
-    with atomic(path) as temporary:
-        content.tofile(temporary)
-
-
-def list_images(folder: Path, refused: dict[str, str] | None = None) -> list[str]:
-    """All image files below `folder`, as sorted relative paths; hidden ones and our own degraded copies left out.
-
-    Folders that cannot be looked into, names that are not Unicode and formats that are not read are noted in `refused`
-    with the reason. Strings, since Paths take five times the memory.
-    """
-    found, refused = [], {} if refused is None else refused
-
-    def refuse(error: OSError) -> None:
-        """Without this, os.walk would leave the folder out and say nothing."""
-        refused[f"{Path(error.filename).relative_to(folder).as_posix()}/"] = error.strerror
-
-    def is_degraded(folder: Path) -> bool:
-        """Whether the folder is one of degraded images."""
-        with contextlib.suppress(PermissionError):  # os.walk will say so
-            return (folder / MANIFEST).exists()
-        return False
-
-    unread: dict[str, list[str]] = {}
-    for parent, folders, names in os.walk(folder, onerror=refuse):  # does not follow links: no trap in a loop of them
-        folders[:] = [f for f in folders if not f.startswith(".") and not is_degraded(Path(parent, f))]
-        inner = Path(parent).relative_to(folder)
-        images = [n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
-        stems = {Path(name).stem for name in images}
-        for name in images:  # x_noisy.jpg is a degraded copy where x.jpg lies beside it
-            stem, _, kind = Path(name).stem.rpartition("_")
-            if not (kind in KINDS and stem in stems):
-                found.append((inner / name).as_posix())
-        for name in names:
-            if (suffix := Path(name).suffix.lower()) in UNREAD_SUFFIXES:
-                unread.setdefault(suffix, []).append((inner / name).as_posix())
-    for suffix, names in unread.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        refused[ascii(min(names))[1:-1] + more] = f"OpenCV does not read {suffix}; convert to JPEG"
-    for name in [n for n in found if ascii(n) != n and n != n.encode(errors="ignore").decode()]:
-        found.remove(name)
-        refused[ascii(name)[1:-1]] = "the file's name is not Unicode; rename it"
-    return sorted(found)
-
-
-# Synthetic portraits. Shapes are in head units: x right, y down from between the eyes, the chin at y = 1. Everyone is
-# painted from the front with an average face, whose right half the tables give; last of all the picture is bent to the
-# sitter's own features and pose. Pictures in the making are float32 BGR in 0..1. The tables read best packed:
-# fmt: off
-UNIT, CENTRE = 0.31, np.array((0.5, 0.46))  # the head unit and the middle of the eyes as shares of the picture
-GRID = 256  # rows and columns of the reliefs that are lit: soft light needs no more
-SKINS = ((33, 42, 66), (46, 66, 104), (70, 98, 146), (94, 128, 178), (122, 155, 205), (152, 182, 226), (176, 198, 232))
-HAIRS = ((17, 17, 20), (24, 28, 40), (32, 42, 62), (44, 66, 98), (62, 100, 142), (100, 156, 196), (30, 58, 132))
-EYES = ((20, 30, 50), (30, 48, 74), (48, 82, 100), (80, 106, 84), (142, 118, 88), (146, 132, 112))
-CLOTHS = ((238, 240, 240), (27, 23, 22), (80, 48, 36), (44, 40, 120), (76, 88, 70), (120, 150, 176), (104, 96, 92),
-          (66, 116, 186), (140, 112, 74), (130, 104, 140), (184, 204, 218), (244, 242, 240))
-HEAD = ((0, -1.02), (0.26, -0.985), (0.47, -0.86), (0.61, -0.6), (0.665, -0.3), (0.67, 0.1), (0.62, 0.34), (0.53, 0.57),
-        (0.4, 0.79), (0.19, 0.945), (0, 0.995))
-BODY = ((0.38, 0.4), (0.38, 0.9), (0.44, 1.12), (0.74, 1.3), (1.15, 1.42), (1.6, 1.6), (2.2, 2.5))
-NECKLINES = (((0, 1.34), (0.2, 1.32), (0.4, 1.22), (0.47, 1.08)), ((0, 1.5), (0.3, 1.45), (0.5, 1.34), (0.6, 1.2)),
-             ((0, 1.1), (0.25, 1.06), (0.4, 0.93)), ((0, 1.62), (0.12, 1.48), (0.3, 1.27), (0.45, 1.07)))
-BUMPS = (  # relief of bones, nose and lips: x, y, width, height, rise
-    (0, 0.1, 0.06, 0.2, 0.08), (0, 0.41, 0.085, 0.075, 0.15), (0, 0.62, 0.2, 0.14, 0.06), (0, 0.6, 0.12, 0.03, 0.025),
-    (0, 0.7, 0.11, 0.035, 0.04), (0, 0.8, 0.12, 0.035, -0.035), (0, 0.92, 0.13, 0.09, 0.07),
-    (0.26, -0.21, 0.18, 0.06, 0.04), (0.29, 0, 0.15, 0.1, -0.085), (0.14, -0.02, 0.05, 0.09, -0.045),
-    (0.29, 0.02, 0.1, 0.065, 0.06), (0.115, 0.44, 0.05, 0.05, 0.075), (0.4, 0.24, 0.14, 0.11, 0.05),
-    (0.34, 0.4, 0.1, 0.11, 0.02), (0.2, -0.48, 0.2, 0.16, 0.03), (0.43, 0.52, 0.1, 0.14, -0.04),
-    (0.6, -0.33, 0.08, 0.2, -0.04), (0.28, 0.6, 0.04, 0.07, -0.035))
-MORPHS = (  # how faces differ: x, y, reach, and the usual shift right and down there
-    (0.67, 0.15, 0.25, 0.025, 0), (0.5, 0.62, 0.2, 0.035, 0), (0, 1, 0.25, 0, 0.035), (0.29, 0, 0.15, 0.012, 0),
-    (0.42, 0, 0.08, 0, 0.014), (0.29, -0.07, 0.06, 0, 0.01), (0.3, -0.22, 0.12, 0, 0.018), (0.13, 0.44, 0.08, 0.02, 0),
-    (0, 0.44, 0.13, 0, 0.022), (0.2, 0.64, 0.1, 0.02, 0), (0, 0.72, 0.05, 0, 0.014), (0, 0.58, 0.04, 0, 0.008),
-    (0.21, 0.64, 0.08, 0, -0.03), (0.4, 1.0, 0.25, 0.05, 0))
-UPPER_LID = np.array(((0.145, 0.022), (0.2, -0.038), (0.278, -0.06), (0.355, -0.045), (0.431, -0.008)))
-LOWER_LID = np.array(((0.431, -0.008), (0.355, 0.03), (0.285, 0.041), (0.208, 0.035), (0.145, 0.022)))
-CREASES = (  # shadows and lights on the face: points, width, tint, strength in youth, more in old age, blur
-    (UPPER_LID - (0, 0.036), 0.02, 0.5, 0.8, 0, 0.006), (LOWER_LID, 0.012, 0.3, 0.6, 0, 0.004),
-    (LOWER_LID + (0, 0.012), 0.014, 1.12, 0.7, 0, 0.004), (LOWER_LID + (0, 0.06), 0.03, 0.76, 0.3, 0.5, 0.014),
-    (((0.025, 0.487), (0.055, 0.474), (0.094, 0.487)), 0.03, 0.2, 0.9, 0, 0.009),
-    (((0.125, 0.39), (0.15, 0.44), (0.13, 0.49)), 0.025, 0.5, 0.7, 0, 0.01),
-    (((0.15, 0.4), (0.22, 0.5), (0.275, 0.64)), 0.025, 0.6, 0.12, 0.6, 0.011),
-    (((0.2, 0.64), (0.21, 0.643), (0.225, 0.647)), 0.04, 0.5, 0.7, 0, 0.012),
-    (((0.44, 0), (0.5, -0.02), (0.55, -0.05)), 0.02, 0.6, 0, 0.5, 0.008),
-    (((0.44, 0.03), (0.55, 0.06)), 0.02, 0.6, 0, 0.5, 0.008), (((0, -0.45), (0.3, -0.44)), 0.02, 0.6, 0, 0.5, 0.01),
-    (((0, -0.36), (0.2, -0.37), (0.36, -0.34)), 0.02, 0.6, 0, 0.5, 0.01))
-BROW = np.array(((0.11, -0.15), (0.2, -0.2), (0.33, -0.225), (0.46, -0.175)))
-CHEEK = np.array(((0.64, 0.1), (0.56, 0.36), (0.4, 0.6), (0.22, 0.79), (0, 0.84)))
-JAW = np.array(((0.65, 0.27), (0.61, 0.56), (0.52, 0.8), (0.34, 0.99), (0, 1.07)))
-LIP = np.array(((0.01, 0.54), (0.08, 0.54), (0.16, 0.56))), np.array(((0.05, 0.62), (0.17, 0.625), (0.28, 0.72)))
-HAIRLINE = np.array(((0.65, 0.05), (0.63, -0.27), (0.52, -0.49), (0.27, -0.63), (0.08, -0.65)))
-CROWN = np.array(((0.7, 0.08), (0.74, -0.4), (0.64, -0.8), (0.36, -1.03), (0.1, -1.09)))
-
-
-def draw_person(rng):
-    """Draw the traits of one sitter: colours are BGR 0..1, age 0..1 runs from twenty to eighty years."""
-    woman, age, tone = bool(rng.random() < 0.5), rng.beta(1.1, 1.6), rng.uniform(0, 6)
-    skin = np.array([np.interp(tone, range(7), plane) for plane in zip(*SKINS)]) * rng.uniform(0.96, 1.04, 3) / 255
-    grey = np.clip((age - 0.5) * 3 + rng.normal(0, 0.25), 0, 1) if age > 0.4 else 0
-    hair = np.array(HAIRS[rng.integers(3 if tone < 3 else 7)]) * (1 - grey) + rng.uniform(110, 170) * grey
-    styles = "long long wavy wavy bob bun fringe curly" if woman else "short crop crop swept swept curly receding bald"
-    light = np.array((rng.choice((-1, 1)) * rng.uniform(0.2, 0.8), rng.uniform(-0.75, -0.3), 0.75))
-    warm, morph = np.array((-1, 0, 1)) * rng.uniform(-0.08, 0.12), rng.normal(0, 1, len(MORPHS)).clip(-2, 2)
-    morph[[1, 12, 13]] = morph[1] - woman, rng.uniform(-0.1, 1.2), 0.8 - 1.6 * woman  # jaw, smile and neck
-    hat, beards = rng.random() < 0.18, "none none stubble stubble full full moustache"
-    weaves = "plain plain plain stripes rows checks dots"
-    style = str(rng.choice(styles.split()))
-    if hat:  # a scarf hides the hair, a cap most of it
-        style = "bald" if woman else "short"
-    return dict(
-        woman=woman, age=age, skin=skin, hair=hair / 255, eyes=np.array(EYES[rng.integers(2 if tone < 3 else 6)]) / 255,
-        cloth=np.array(CLOTHS[rng.integers(12)]) / 255, wool=np.array(CLOTHS[rng.integers(12)]) / 255,
-        hat=hat, style=style, neckline=int(rng.integers(5)), glasses=rng.random() < 0.15 + 0.2 * age, morph=morph,
-        pattern=str(rng.choice(weaves.split())), weave=rng.uniform(0.12, 0.5), pins=4 * (rng.random() < 0.25),
-        jacket=rng.random() < 0.3, band=rng.random() < 0.6, dark=np.array(CLOTHS[1 + rng.integers(3)]) / 255,
-        part=rng.uniform(-0.3, 0.3), length=rng.uniform(0.9, 1.7), volume=rng.uniform(0.8, 0.98),
-        beard="none" if woman else str(rng.choice(beards.split())), freckles=70 * (tone > 3.5 and rng.random() < 0.3),
-        teeth=0.05 * (morph[12] > 0.4 and rng.random() < 0.5), turn=rng.uniform(-0.12, 0.12), tilt=rng.normal(0, 0.06),
-        zoom=rng.uniform(1.04, 1.14), shift=rng.uniform(-0.03, 0.03, 2),
-        light=np.float32(light / np.linalg.norm(light)),  # points from the face to the lamp
-        key=np.float32((1 + warm) * rng.uniform(0.95, 1.15)), ambient=np.float32((1 - warm) * rng.uniform(0.12, 0.3)))
-
-
-def curve(points, steps=8):
-    """Run a smooth Catmull-Rom curve through control points along axis 0."""
-    p = np.asarray(points, np.float64)
-    more = np.concatenate((p[:1], p, p[-1:]))
-    a, b, c, d = (q[:, None] for q in (more[:-3], p[:-1], p[1:], more[3:]))
-    t = (np.arange(steps) / steps).reshape((-1,) + (1,) * (p.ndim - 1))
-    q = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * b - a - 3 * c + d)))
-    return np.concatenate((q.reshape((-1,) + p.shape[1:]), p[-1:]))
-
-
-def ribbon(points, width):
-    """Outline a smooth stroke through points that tapers at both ends."""
-    line = curve(points)
-    along = np.gradient(line, axis=0)
-    across = along[:, ::-1] * (-1, 1) / (np.linalg.norm(along, axis=1, keepdims=True) + 1e-9)
-    across *= width / 2 * np.sin(np.linspace(0.15, np.pi - 0.15, len(line)))[:, None]
-    return np.concatenate((line + across, (line - across)[::-1]))
-
-
-def oval(x, y, rx, ry, power=1.0):
-    """Outline an ellipse, squarer for powers below 1."""
-    unit = np.stack((np.cos(np.linspace(0, 2 * np.pi, 33)), np.sin(np.linspace(0, 2 * np.pi, 33))), 1)
-    return np.sign(unit) * np.abs(unit) ** power * (rx, ry) + (x, y)
-
-
-def mirror(half):
-    """Continue the right half of a line with its mirror image."""
-    return np.concatenate((half, np.asarray(half)[::-1] * (-1, 1)))
-
-
-def noise(rng, rows, columns, size):
-    """Smooth noise of about unit variance: a random grid stretched over a square picture."""
-    cells = rng.normal(0, 1.3, (rows, columns)).astype(np.float32)
-    return cv2.resize(cells, (size, size), interpolation=cv2.INTER_CUBIC)
-
-
-def window(image, points, margin):
-    """Slices of the picture around points with a margin in head units, and the points in its 1/16 pixels."""
-    pixels, pad = (np.asarray(points) * UNIT + CENTRE) * len(image), margin * UNIT * len(image) + 2
-    low = np.clip(pixels.reshape(-1, 2).min(0) - pad, 0, len(image) - 1).astype(int)
-    high = np.clip(pixels.reshape(-1, 2).max(0) + pad, low + 1, len(image)).astype(int)
-    return np.s_[low[1]:high[1], low[0]:high[0]], np.round((pixels - low) * 16).astype(np.int32, order="C")
-
-
-def fill(image, outline, colour, alpha=1.0, blur=0.0, glaze=False):
-    """Paint the inside of an outline, softened by blur head units, with a colour or a picture; a glaze multiplies."""
-    part, pixels = window(image, outline, 3 * blur)
-    target, paint = image[part], np.asarray(colour, np.float32)
-    mask = cv2.fillPoly(np.zeros(target.shape[:2], np.uint8), [pixels], 255, cv2.LINE_AA, 4)
-    if blur * len(image) > 1:
-        mask = cv2.GaussianBlur(mask, (0, 0), blur * UNIT * len(image))
-    paint = target * paint if glaze else paint[part] if paint.ndim == 3 else paint
-    target += (paint - target) * (mask.astype(np.float32) * np.float32(alpha / 255))[..., None]
-
-
-def strands(image, lines, tones, colour, shine, alpha=0.9, solid=True):
-    """Paint hairs (hair, point, 2) with tones 0..1, if solid over soft darker hair, in the light of shine."""
-    part, pixels = window(image, lines, 0.1)
-    target, wide, colour = image[part], max(1, round(len(image) / 512)), np.asarray(colour, np.float32)
-    tone, mask = np.full(target.shape[:2], 50, np.uint8), np.zeros(target.shape[:2], np.uint8)
-    for line, value in zip(pixels, tones):
-        cv2.polylines(tone, [line], False, int(255 * value), wide, cv2.LINE_AA, 4)
-    if solid:
-        mask = cv2.fillPoly(mask, [around(pixels)], 255, cv2.LINE_AA, 4)
-        mask = cv2.GaussianBlur(mask, (0, 0), 0.013 * UNIT * len(image))
-    hairs = cv2.polylines(np.zeros_like(mask), list(pixels), False, int(255 * alpha), wide, cv2.LINE_AA, 4)
-    mask = cv2.max(mask, hairs)
-    tone, glow, gloss = tone[..., None].astype(np.float32) / 255, shine[part][..., :1], shine[part][..., 1:]
-    paint = colour * (0.3 + 1.3 * tone) * glow + gloss * tone * (0.4 * colour + 0.18)
-    target += (paint - target) * (mask.astype(np.float32) / 255)[..., None]
-
-
-def around(lines):
-    """Outline the area that neighbouring hairs (hair, point, 2) cover."""
-    return np.concatenate((lines[0], lines[:, -1], lines[-1, ::-1], lines[::-1, 0]))
-
-
-def background(rng, size):
-    """A studio backdrop or a blurred room: two colours, cloudy light, sometimes discs of bokeh, a vignette."""
-    base = rng.choice((rng.uniform(0.05, 0.5), rng.uniform(0.4, 0.97))) + rng.normal(0, 0.03, 3)
-    far = base + rng.normal(0, 0.1) + rng.normal(0, 0.03, 3)
-    y, x = np.mgrid[-1:1:128j, -1:1:128j].astype(np.float32)
-    ramp = 0.5 + rng.uniform(-0.5, 0.5) * x + rng.uniform(-0.5, 0.5) * y + 0.15 * noise(rng, 4, 4, 128)
-    image = (base + (far - base) * ramp[..., None]).astype(np.float32)
-    for _ in range(rng.integers(6, 18) if rng.random() < 0.35 else 0):
-        cx, cy = rng.uniform(-1.5, 1.5, 2)
-        r = rng.uniform(0.08, 0.25)
-        fill(image, oval(cx, cy, r, r), (base + 0.3) * 1.2, rng.uniform(0.04, 0.3), 0.03)
-    image = (image * (1.05 - 0.14 * (x * x + y * y))[..., None]).clip(0.02, 1).astype(np.float32)
-    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
-    for _ in range(rng.integers(1, 4) if rng.random() < 0.35 else 0):  # windows, frames, shelves: light and dark edges
-        cx, cy, rx, ry = rng.uniform((-1.7, -1.7, 0.15, 0.3), (1.7, 0.6, 0.6, 1))
-        fill(image, oval(cx, cy, rx, ry, 0.2), rng.choice((0.02, 0.3, 0.6, 0.99)) + rng.normal(0, 0.02, 3), 0.9, 0.016)
-    return image
-
-
-def pattern(p):
-    """The colour of the clothes, plain or with stripes, rows, checks or dots of a second one: a picture of the grid."""
-    y, x = np.mgrid[0:GRID, 0:GRID] * p["weave"]
-    x, y = {"rows": 0 * x + 1.6, "plain": 0 * x}.get(p["pattern"], x), {"stripes": 0 * y + 1.6}.get(p["pattern"], y)
-    share = np.clip(4 * (np.sin(x) * np.sin(y) - 0.5 * (p["pattern"] == "dots")), 0, 1)[..., None]
-    return p["cloth"] + (p["wool"] - p["cloth"]) * share
-
-
-def relight(albedo, height, p, size, gloss=0.065):
-    """Light a relief (head units): wrapped Lambert light, cast shadows, darker hollows, a little sheen."""
-    light, step = p["light"], 1 / (UNIT * GRID)
-    gy, gx = np.gradient(height.astype(np.float32), step)
-    steep, side = np.sqrt(1 + gx * gx + gy * gy)[..., None], np.hypot(light[0], light[1])
-    height, blocked = np.float32(height), np.zeros(height.shape, np.float32)
-    for reach in np.arange(0.05, 0.4, 0.05):  # walk towards the lamp and note what stands in the way
-        shift = np.round(-light[1::-1] / side * reach / step).astype(int)
-        blocked = np.maximum(blocked, np.roll(height, shift, (0, 1)) - height - reach * light[2] / side)
-    clear = 1 - 0.75 * cv2.GaussianBlur(np.clip(blocked / 0.05, 0, 1), (0, 0), 0.02 / step)[..., None]
-    hollow = np.clip((cv2.GaussianBlur(height, (0, 0), 0.07 / step) - height) * 6, 0, 0.5)[..., None]
-    facing, half = (light[2] - light[0] * gx - light[1] * gy)[..., None] / steep, light + np.float32((0, 0, 1))
-    half = (half[2] - half[0] * gx - half[1] * gy)[..., None] / steep / np.linalg.norm(half)
-    wrap = np.float32((0.12, 0.18, 0.32))  # red light travels through skin and softens the edge of shadows
-    lit = np.clip((facing + wrap) / (1 + wrap), 0, 1) * clear * p["key"] + p["ambient"] * (0.6 + 0.4 / steep)
-    lit = np.float32(albedo) ** 2.2 * lit * (1 - hollow) + half.clip(0, 1) ** 18 * clear * p["key"] * gloss
-    return cv2.resize((lit.clip(0, 1) ** (1 / 2.2)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-
-
-def bulge(half, depth):
-    """Relief of a round body, from the right half of its outline."""
-    y, x = (((np.arange(GRID) + 0.5) / GRID - c) / UNIT for c in CENTRE[::-1])
-    width = np.interp(y, half[:, 1], half[:, 0])[:, None] + 0.025
-    return depth * np.sqrt(np.clip(1 - np.abs(x / width) ** 2.4, 0, 1))
-
-
-def paint_body(rng, image, p):
-    """Neck, shoulders and clothes."""
-    head, body, edge, side = curve(HEAD), curve(BODY), curve(NECKLINES[min(p["neckline"], 3)]), p["light"][0]
-    garment = mirror(np.concatenate((edge, body[body[:, 1] > edge[-1, 1] + 0.07] * (1.03, 1) - (0, 0.04))))
-    bare = relight(p["skin"], bulge(body, 0.5), p, len(image))
-    fill(bare, mirror(head) * (0.95, 1) + (-0.16 * side, 0.15), (0.36, 0.36, 0.44), 0.9, 0.05, True)
-    fill(bare, garment - (0, 0.02), (0.5, 0.5, 0.55), 0.8, 0.02, True)
-    fill(image, mirror(body), bare)
-    folds = 0.04 * noise(rng, 10, 10, GRID) + 0.02 * noise(rng, 6, 30, GRID)
-    worn = relight(pattern(p), bulge(body * (1.04, 1) - (0, 0.05), 0.45) + folds, p, len(image), 0.01)
-    fill(image, garment, worn)
-    for k, place in enumerate(rng.uniform((-0.9, 1.5), (0.9, 1.62), (p["pins"], 2))):  # badges and buttons
-        fill(image, oval(*place, 0.02 + 0.02 * k, 0.035), 0.97 - 0.94 * (k % 2) * np.ones(3), 0.95, 0.002)
-    flap = np.array(((0.38, 0.98), (0.5, 1.08), (0.5, 1.4), (0.3, 1.5), (0.02, 1.62)))
-    for k in (-1, 1):
-        fill(image, ribbon(edge[::5] * (k, 1) + (0, 0.06), 0.02), (0.6, 0.6, 0.6), 0.6, 0.008, True)
-        if p["jacket"]:
-            front = np.array(((0.4, 1), (0.42, 1.16), (0.3, 1.42), (0.04, 2), (2.2, 2.5), (1.6, 1.5), (0.7, 1.2)))
-            fill(image, front * (k, 1) + (0, 0.03), (0.5, 0.5, 0.5), 0.7, 0.025, True)
-            shape = bulge(body * (1.06, 1) - (0, 0.07), 0.45) + folds
-            fill(image, front * (k, 1), relight(p["dark"], shape, p, len(image), 0.01))
-        elif p["neckline"] == 4:
-            fill(image, flap * (k, 1) + (0, 0.03), (0.5, 0.5, 0.5), 0.7, 0.025, True)
-            fill(image, flap * (k, 1), np.minimum(worn * 1.1 + 0.01, 1))
-
-
-def paint_head(rng, image, p):
-    """Ears and the lit skin of the head."""
-    head, skin, height = curve(HEAD), p["skin"], bulge(curve(HEAD) * 1.04, 0.62)
-    y, x = (((np.arange(GRID) + 0.5) / GRID - c) / UNIT for c in CENTRE[::-1])
-    height *= np.sqrt(np.clip(1 - np.abs(y / 1.06) ** 4, 0, 1))[:, None]
-    for bx, by, wide, high, rise in BUMPS:
-        row = np.exp(-0.5 * ((x - bx) / wide) ** 2) + (bx > 0) * np.exp(-0.5 * ((x + bx) / wide) ** 2)
-        height += rise * np.outer(np.exp(-0.5 * ((y - by) / high) ** 2), row)
-    ear = curve(((0.62, -0.1), (0.71, -0.13), (0.755, -0.02), (0.73, 0.17), (0.68, 0.32), (0.6, 0.3)))
-    for k in (-1, 1):
-        fill(image, ear * (k, 1), skin * (0.85, 0.85, 0.95) * (0.78 + 0.22 * np.sign(k * p["light"][0])))
-        fill(image, ear * (0.35 * k, 0.7) + (0.45 * k, 0.03), (0.5, 0.5, 0.6), 0.8, 0.02, True)
-    albedo = (skin * (1 + 0.01 * noise(rng, 110, 110, GRID)[..., None] * (1.6, 1.3, 0.7))).astype(np.float32)
-    for cx, cy, r in ((-0.42, 0.3, 0.14), (0.42, 0.3, 0.14), (0, 0.41, 0.08), (0, 0.9, 0.1)):
-        fill(albedo, oval(cx, cy, r, r * 0.8), (0.86, 0.88, 1.03), 0.8, 0.07, True)
-    for cx, cy in rng.normal((0, 0.2), (0.27, 0.12), (p["freckles"], 2)):
-        fill(albedo, oval(cx, cy, 0.01, 0.009), (0.62, 0.7, 0.82), rng.uniform(0.2, 0.8), 0.004, True)
-    fill(image, mirror(head), relight(albedo, height, p, len(image)), 1, 0.006)
-
-
-def paint_eye(image, p, k):
-    """One eye: shaded white, iris, lids; k is -1 for the picture's left, 1 for its right."""
-    skin, side, r, (x, y) = p["skin"], np.sign(p["light"][0]), 0.059, (0.285 * k + 0.1 * p["turn"], -0.009)
-    upper, lower = UPPER_LID * (k, 1), LOWER_LID * (k, 1)
-    fill(image, curve(upper + (0, -0.02)), (0.72, 0.7, 0.78), 0.5, 0.03, True)
-    ball = image.copy()  # painted whole, then shown through the opening between the lids
-    fill(ball, oval(0.285 * k, 0, 0.17, 0.1), (0.75, 0.78, 0.81), 0.7)
-    fill(ball, oval(0.16 * k, 0.02, 0.022, 0.015), skin * (0.7, 0.7, 1), 0.6, 0.006)
-    for share, colour, blur in ((1, p["eyes"] * 0.3, 0.004), (0.8, p["eyes"], 0.01), (0.4, (0.02, 0.02, 0.02), 0.003)):
-        fill(ball, oval(x, y, r * share, r * share), colour, 0.96, blur)
-    fill(ball, oval(x - 0.015 * side, y + 0.028, 0.038, 0.022), (1.7, 1.7, 1.7), 0.6, 0.01, True)
-    fill(ball, ribbon(upper + (0, 0.012), 0.065), (0.4, 0.38, 0.38), 0.85, 0.01, True)
-    fill(ball, oval(x + 0.03 * side, y - 0.024, 0.011, 0.012), (1, 1, 1), 0.9, 0.002)
-    fill(image, np.concatenate((curve(upper), curve(lower))), ball, 1, 0.003)
-    lash = upper + np.outer((0, 0, 0, 0.3, 1), (0.025 * k, -0.012)) * p["woman"]
-    fill(image, ribbon(lash, 0.024 + 0.01 * p["woman"]), skin * 0.12, 0.9, 0.004)
-
-
-def paint_mouth_and_folds(image, p):
-    """Lips as warm glazes over lit skin, the line between them or teeth; then all the creases of the face."""
-    side, gap = 0.03 * p["light"][0], p["teeth"]
-    seam = np.array(((-0.212, 0.643), (-0.1, 0.643), (0, 0.65), (0.1, 0.643), (0.212, 0.643)))
-    parted = seam[::-1] + np.outer((0, 0.8, 1, 0.8, 0), (0, gap))
-    top = mirror(((0.212, 0.643), (0.11, 0.6), (0.035, 0.583), (0, 0.593)))
-    bottom = mirror(((0.212, 0.643), (0.11, 0.703 + gap), (0, 0.738 + gap)))
-    inside = np.concatenate((curve(seam), curve(parted)))
-    fill(image, inside, (0.08, 0.06, 0.16), 0.95 * (gap > 0), 0.003)
-    fill(image, inside * (0.84, 0.8) + (0, 0.13), (0.72, 0.79, 0.83), 0.85 * (gap > 0), 0.006)
-    tint = np.array((0.62, 0.55, 0.85)) if p["woman"] else np.array((0.74, 0.70, 0.90))
-    fill(image, np.concatenate((curve(top), curve(seam))), tint * 0.86, 0.9, 0.006, True)
-    fill(image, np.concatenate((curve(bottom), curve(parted[::-1]))), tint, 0.9, 0.007, True)
-    for x, y, rx, ry, shade in ((side, 0.39, 0.03, 0.025, 1.25), (side, 0.695 + gap, 0.07, 0.014, 1.2),
-                                (0, 0.785 + gap, 0.1, 0.02, 0.8)):
-        fill(image, oval(x, y, rx, ry), (shade, shade, shade), 0.8, 0.014, True)
-    for line in (seam, parted):
-        fill(image, ribbon(line, 0.02), p["skin"] * (0.2, 0.18, 0.32), 0.7, 0.005)
-    for points, width, tint, young, old, blur in CREASES:
-        for k in (-1, 1):
-            outline, alpha = ribbon(points, width) * (k, 1), np.clip(young + old * (p["age"] * 1.4 - 0.4), 0, 1)
-            fill(image, outline, (tint, tint, tint ** 0.8), alpha, blur, True)
-
-
-def hair_shine(p, size):
-    """Glow and gloss of hair for every pixel: a lit ball with a bright band around the crown."""
-    x, y = np.meshgrid(*(((np.arange(64) + 0.5) / 64 - c) / UNIT for c in CENTRE))
-    radius, light = np.hypot(x, y / 1.2 + 0.04), p["light"]
-    facing = x * light[0] + (y / 1.2 + 0.04) * light[1] + light[2] * np.sqrt(np.clip(1 - radius * radius, 0.05, 1))
-    gloss = np.exp(-((radius - 0.74) / 0.1) ** 2) * np.clip(0.2 + x * light[0] - y * 0.6, 0, 1)
-    return cv2.resize(np.dstack((0.4 + 0.75 * facing.clip(0, 1), gloss)).astype(np.float32), (size, size))
-
-
-def comb(rng, guides, count, wave=0.0, curl=0.0):
-    """Grow hairs (hair, point, 2) in clumps between guide hairs (point, guide, 2); returns them and their tones."""
-    guides = np.asarray(guides, np.float64)
-    place = np.sort(rng.random(count)) * (guides.shape[1] - 1.001)
-    left, share, clump = place.astype(int), (place % 1)[:, None], np.arange(count) * 26 // count
-    loose = np.linspace(0.25, 1, len(guides))[:, None, None] * min(np.ptp(guides, (0, 1)).max() * 0.015, 0.016)
-    lines = guides[:, left] * (1 - share) + guides[:, left + 1] * share
-    lines += loose * (1.3 * rng.normal(0, 1, (26, 2))[clump] + rng.normal(0, 1, (count, 2)))
-    lines = curve(lines, 20 if curl else 7)
-    s = np.linspace(0, 1, len(lines))[:, None]
-    lines += (s ** 3 * rng.uniform(-0.25, 0, count))[..., None] * (lines[-1] - lines[len(lines) // 2])  # uneven ends
-    lines[..., 0] += wave * s * np.sin(2 * np.pi * (2.3 * s + 0.5 * rng.random(26)[clump]))
-    turns = 2 * np.pi * (s * rng.uniform(3, 6, count) + rng.random(count))
-    lines += curl * np.minimum(1, 4 * s)[..., None] * np.stack((np.cos(turns), np.sin(turns)), -1)
-    tones = np.clip(0.42 + rng.normal(0, 0.14, 26)[clump] + rng.normal(0, 0.14, count), 0.05, 1)
-    return lines.transpose(1, 0, 2), tones
-
-
-def parted_hair(part, wide, end):
-    """Guides of hair that falls from a parting to both sides, as wide as x and down to y."""
-    low = -0.1 + (end + 0.1) * 0.5
-    for k in (-1, 1):
-        inner = ((part - 0.02 * k, -0.7), (0.27 * k + 0.4 * part, -0.61), (0.52 * k, -0.4), (0.625 * k, -0.12),
-                 (0.66 * k, low), (0.66 * k, end))
-        outer = ((part * 0.8 - 0.02 * k, -1.12), (0.3 * k + 0.3 * part, -1.07), (0.6 * k, -0.86),
-                 ((0.4 * wide + 0.43) * k, -0.5), (wide * k, low), ((wide - 0.03) * k, end + 0.05))
-        yield np.stack((inner, outer), 1)
-
-
-def raised_hair(style):
-    """Guides of hair that rises from the hairline to the outline of the head."""
-    rise = {"curly": 0.2, "swept": 0.12, "crop": 0.05, "receding": -0.02}.get(style, 0.02)
-    line = HAIRLINE + ((0, 0), (0, 0), (0.02, -0.08), (0.02, -0.2), (0, -0.14)) * np.array(style == "receding")
-    line, top = mirror(line), mirror(CROWN * (1 + 0.6 * rise, 1 + rise))
-    return np.stack((line, (line + top) / 2 - (0, 0.4 * rise), top))
-
-
-def paint_hair(rng, image, p, shine, behind):
-    """The hair behind the neck, or that on the head with its shadow."""
-    style, x, head = p["style"], np.linspace(-1, 1, 7), mirror(curve(HEAD))
-    end, long = 0.72 if style == "bob" else p["length"], style in ("long", "wavy", "bob", "fringe")
-    wave, curl = {"wavy": (0.07, 0), "curly": (0, 0.03)}.get(style, (0.05 * p["volume"] - 0.035, 0))
-    tail, bun = ((0.8, -0.6), (0.8, 0.2), (0.8, end)), ((0.22, -0.95), (0.36, -1.18), (0.18, -1.36))
-    rows = {"fringe": ((0.3, -1.06), (0.5, -0.8), (0.58, -0.5), (0.6, -0.27))}.get(style, ())
-    if behind:
-        rows, patches = tail if long else bun if style == "bun" else (), []
-    elif long or style == "short":
-        patches = list(parted_hair(p["part"], *((p["volume"], end) if long else (0.72, -0.08))))
-    else:
-        patches = [] if style == "bald" else [raised_hair(style)]
-    patches += [np.stack([np.stack((x * a, y + 0.1 * x * x), 1) for a, y in rows])] if rows else []
-    for guides in patches:
-        lines, tones = comb(rng, guides, 420, wave, curl)
-        shaded = image.copy()  # hair throws its shadow on the head only
-        fill(shaded, around(lines) + (-0.05 * p["light"][0], 0.05), (0.55, 0.52, 0.58), 0.7, 0.04, True)
-        if not behind:
-            fill(image, head, shaded)
-        strands(image, lines, tones * (0.5 if behind else 1), p["hair"], shine)
-
-
-def paint_brows_and_beard(rng, image, p, shine):
-    """Eyebrows, stubble, moustache or beard: short hairs from a root line to a tip line over a soft shadow."""
-    beard, shaded = p["beard"], image.copy()
-    thick = np.outer((1, 0.9, 0.65, 0.1), (0, 0.026 - 0.008 * p["woman"]))
-    rows = [(BROW + thick, BROW - 0.6 * thick + (0.05, 0.008), 150)] + [LIP + (130,)] * (beard != "none")
-    rows += [(CHEEK + (JAW - CHEEK) * a, CHEEK + (JAW - CHEEK) * (a + 0.4), 160) for a in (0, 0.2, 0.4, 0.6)
-             if beard in ("stubble", "full")]
-    for root, tip, _ in rows:
-        for k in (-1, 1):
-            area, shade = np.concatenate((root, tip[::-1])) * (k, 1), np.minimum(1, p["hair"] * 0.5 + 0.5)
-            fill(shaded, area, shade, 0.6, 0.02, True)
-    fill(image, mirror(curve(HEAD)), shaded)
-    for root, tip, count in rows[:1] if beard == "stubble" else rows:
-        for k in (-1, 1):
-            lines, tones = comb(rng, np.stack((root, (root + tip) / 2 + (0.01, 0.005), tip)) * (k, 1), count)
-            strands(image, lines, tones * 0.9, p["hair"] * 0.8, shine * (1, 0), 0.45, False)
-
-
-def paint_glasses(image):
-    """Dark-rimmed glasses and the shadow they throw."""
-    rim = np.concatenate((oval(0.29, 0.03, 0.215, 0.15, 0.7), oval(0.29, 0.03, 0.197, 0.134, 0.7)))
-    bridge, temple = ((-0.09, 0), (0, -0.03), (0.09, 0)), ((0.5, -0.04), (0.6, -0.06), (0.68, -0.05))
-    for k in (-1, 1):
-        fill(image, (rim + (0, 0.03)) * (k, 1), (0.6, 0.6, 0.6), 0.5, 0.012, True)
-        for part in (rim, ribbon(bridge, 0.03), ribbon(temple, 0.03)):
-            fill(image, part * (k, 1), (0.05, 0.05, 0.07), 0.92, 0.003)
-
-
-def paint_hat(rng, image, p):
-    """A knitted cap, perhaps with a band, or for women a head scarf."""
-    inner = ((0, -0.62), (0.35, -0.55), (0.57, -0.25), (0.6, 0.15), (0.5, 0.6), (0.36, 0.84), (0.17, 0.99), (0, 1.03))
-    outer = ((0, -1.2), (0.45, -1.1), (0.76, -0.7), (0.83, -0.1), (0.78, 0.6), (0.9, 1.2), (1.1, 1.7), (0, 2.2))
-    folds = 0.012 * noise(rng, 9, 9, GRID) + 0.02 * noise(rng, 5, 24, GRID)
-    if not p["woman"]:
-        inner, folds = ((0.74, -0.2), (0.4, -0.33), (0, -0.37)), 0.008 * np.sin(np.arange(GRID) / 1.4)
-        outer = ((0, -1.25), (0.38, -1.17), (0.65, -0.88), (0.75, -0.5), (0.74, -0.2))
-    outline = mirror(np.concatenate((curve(outer), curve(inner)[::1 if not p["woman"] else -1])))
-    fill(image, outline + (-0.05 * p["light"][0], 0.05), (0.5, 0.48, 0.52), 0.8, 0.04, True)
-    fill(image, outline, relight(p["wool"], bulge(curve(outer), 0.7) + folds, p, len(image), 0.01), 1, 0.004)
-    if p["band"] and not p["woman"]:  # a dark band with a badge
-        band = mirror(((0.74, -0.2), (0.4, -0.33), (0, -0.37), (0, -0.66), (0.4, -0.62), (0.75, -0.47)))
-        fill(image, band, relight(p["dark"], bulge(curve(outer), 0.7), p, len(image), 0.02), 1, 0.003)
-        fill(image, oval(0, -0.52, 0.07, 0.09), (0.7, 0.85, 0.9), 0.95, 0.002)
-
-
-def pose(rng, image, p):
-    """Bend the picture to the sitter's features and pose, and a little more: no face is symmetric."""
-    y, x = (np.mgrid[0:96, 0:96] + 0.5) / 96
-    x, y = ((q - c - d) / (UNIT * p["zoom"]) for q, c, d in zip((x, y), CENTRE, p["shift"] * (1, 0.5)))
-    above = np.clip((1.5 - y) / 0.9, 0, 1)  # the shoulders stay where they are
-    x, y = x + p["tilt"] * above * (y - 0.9), y - p["tilt"] * above * x
-    x = x - p["turn"] * np.clip(1 - (x / 0.8) ** 2, 0, 1) * above
-    dx, dy = 0.006 * noise(rng, 7, 7, 96), 0.006 * noise(rng, 7, 7, 96)
-    for (mx, my, reach, right, down), amount in zip(MORPHS, p["morph"]):
-        weight = amount * np.exp(-((np.abs(x) - mx) ** 2 + (y - my) ** 2) / (reach * reach))
-        dx, dy = dx - right * weight * np.sign(x), dy - down * weight
-    to = [cv2.resize(((q * UNIT + c) * len(image)).astype(np.float32), image.shape[:2], interpolation=cv2.INTER_CUBIC)
-          for q, c in zip((x + dx, y + dy), CENTRE)]
-    return cv2.remap(image, to[0], to[1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-
-
-def draw_portrait(rng: np.random.Generator, size: int = 512) -> np.ndarray:
-    """Paint one invented person as a uint8 BGR picture of size x size pixels."""
-    p = draw_person(rng)
-    image = background(rng, max(size, 384))  # thin hairs need pixels: smaller pictures are reduced at the end
-    shine = hair_shine(p, len(image))
-    paint_hair(rng, image, p, shine, True)
-    paint_body(rng, image, p)
-    paint_head(rng, image, p)
-    for k in (-1, 1):
-        paint_eye(image, p, k)
-    paint_mouth_and_folds(image, p)
-    paint_brows_and_beard(rng, image, p, shine)
-    paint_hair(rng, image, p, shine, False)
-    if p["hat"]:
-        paint_hat(rng, image, p)
-    if p["glasses"]:
-        paint_glasses(image)
-    image = cv2.resize(pose(rng, image, p), (size, size), interpolation=cv2.INTER_AREA)
-    image += 0.008 * rng.standard_normal((size, size, 1), np.float32)
-    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-# fmt: on
-
-
-def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
-    """Draws `count` synthetic portraits of `size` px as portrait_0000.jpg and so on; those already there are kept."""
-
-    def draw(index: int) -> None:
-        """Draws one; which one depends on its number only."""
-        write_image(folder / f"portrait_{index:04d}.jpg", draw_portrait(np.random.default_rng([seed, index]), size))
-
-    def missing() -> list[int]:
-        """The numbers of those to draw."""
-        return [i for i in range(count) if not (folder / f"portrait_{i:04d}.jpg").exists()]
-
-    if missing():
-        with alone_in(folder):
-            todo = missing()  # another run may have drawn them meanwhile
-            with progress("drawing portraits", len(todo), "face") as bar:
-                for _ in in_parallel(draw, todo):
-                    bar.update()
+        raise ValueError(f"{path}: OpenCV cannot write {image.shape[1]} x {image.shape[0]} px as {path.suffix}")
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write(content[:JPEG_HEADER])
+        file.write(jpeg_comment(comment) if comment else b"")
+        file.write(content[JPEG_HEADER:])
+
+
+# ======================================================================================================================
+# Faces
+# ======================================================================================================================
 
 
 class Faces(NamedTuple):
     """The originals in use: their folder, what they are in words, and their names in a fixed order.
 
-    A name, by which an original is called everywhere, is its path relative to the folder.
+    A name, by which an original is called everywhere, is its path relative to the folder. What was left out of the
+    folder is in `left_out`, with the reason.
     """
 
     folder: Path
     source: str
     names: list[str]
-    refused: Mapping[str, str] = MappingProxyType({})  # folders that could not be looked into, and why
+    left_out: Mapping[str, str] = MappingProxyType({})
 
     @property
     def files(self) -> list[Path]:
@@ -988,49 +540,112 @@ class Faces(NamedTuple):
         return [self.folder / name for name in self.names]
 
 
-def _faces_folder(settings: Settings, places: Places, environ: Mapping[str, str]) -> tuple[Path, str]:
+def _why_not(path: Path, stems: set[str]) -> str:
+    """Why a file of a folder of faces is not used; empty if it is, or is no picture at all."""
+    if (suffix := path.suffix.lower()) in UNREAD_SUFFIXES:
+        return f"{suffix} is not read; convert it to JPEG"
+    if suffix in IMAGE_SUFFIXES and not path.is_file():
+        return "not a file"  # a pipe would be waited for, a broken link leads nowhere
+    if suffix in IMAGE_SUFFIXES and path.name.encode(errors="ignore").decode() != path.name:
+        return "its name is not Unicode; rename it"
+    stem, _, kind = path.stem.rpartition("_")
+    copy = suffix in IMAGE_SUFFIXES and kind in KINDS and stem in stems
+    return f"taken for a degraded copy of {stem}; rename it if it is none" if copy else ""
+
+
+def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """All pictures below `folder` as sorted relative paths, and what was left out with the reason.
+
+    Linked folders are followed, every folder once. Hidden files and folders of degraded images are no pictures.
+    """
+    found, left_out, seen = [], {}, {}
+
+    def refuse(error: OSError) -> None:
+        left_out[f"{Path(error.filename).relative_to(folder).as_posix()}/"] = error.strerror
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inner, real = Path(parent).relative_to(folder), os.path.realpath(parent)
+        if real in seen:
+            left_out[f"{inner.as_posix()}/"] = f"a link to {seen[real]}/, which is there already"
+            folders.clear()
+            continue
+        seen[real] = inner.as_posix()
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "fakefaces_degraded")
+        names = {name: Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names if not name.startswith(".")}
+        stems = {Path(name).stem for name, is_picture in names.items() if is_picture}
+        for name, is_picture in names.items():
+            if reason := _why_not(Path(parent, name), stems):
+                left_out[ascii((inner / name).as_posix())[1:-1]] = reason
+            elif is_picture:
+                found.append((inner / name).as_posix())
+    return sorted(found), left_out
+
+
+def drawn_id(draw: Callable[[np.random.Generator], np.ndarray]) -> str:
+    """A fingerprint of what a function draws from a few seeds, with this code and these versions of the libraries."""
+    return fingerprint(*(draw(np.random.default_rng(seed)).tobytes() for seed in range(3)))
+
+
+def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
+    """Draws `count` synthetic portraits of `size` px as portrait_0000.jpg and so on; those already there are kept."""
+    paths = [folder / f"portrait_{index:04d}.jpg" for index in range(count)]
+
+    def draw(index: int) -> None:
+        if not paths[index].exists():  # who is on it depends on its number only
+            write_image(paths[index], draw_portrait(np.random.default_rng([seed, index]), size))
+
+    if not all(path.exists() for path in paths):
+        with alone_in(folder):
+            list(in_parallel(draw, range(count), "drawing portraits", "face"))
+
+
+def _faces_folder(settings: Settings, places: Places) -> tuple[Path, str]:
     """The folder of the originals, and what they are in words."""
-    if environ.get("FACES_DIR"):
-        folder = given_path(environ["FACES_DIR"])
+    if os.environ.get("FACES_DIR"):
+        folder = given_path(os.environ["FACES_DIR"])
         if not folder.is_dir():
             raise FileNotFoundError(f"FACES_DIR names {folder}, which is no folder; set it to one with portraits")
         return folder, f"photographs in {folder.name}/ (FACES_DIR)"
     for pattern in ("fakefaces", "datasets/*/fakefaces", "*/fakefaces") if places.attached else ():
         for folder in sorted(places.attached.glob(pattern)):
             return folder, "StyleGAN portraits (the Kaggle data set fakefaces)"
-    if environ.get("RESTORATION_FACES") not in (None, "", "kaggle"):
-        raise ValueError(f"RESTORATION_FACES is {environ['RESTORATION_FACES']!r}; the only choice is 'kaggle'")
-    if environ.get("RESTORATION_FACES"):
+    wanted = os.environ.get("RESTORATION_FACES")
+    if wanted not in (None, "", "kaggle"):
+        raise ValueError(f"RESTORATION_FACES is {wanted!r}; the only choice is 'kaggle'")
+    if wanted:
         try:  # only on request: it needs the internet
             import kagglehub
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("RESTORATION_FACES=kaggle needs 'pip install kagglehub'") from error
         return Path(kagglehub.dataset_download("hyperclaw79/fakefaces")), "StyleGAN portraits (fakefaces, downloaded)"
-    folder = places.outputs / f"synthetic_portraits_{settings.portraits}x{settings.portrait_size}px_seed{settings.seed}"
+    style = drawn_id(lambda rng: draw_portrait(rng, 64))  # other people than an older version drew are other faces
+    style = f"{settings.portraits}x{settings.portrait_size}px_seed{settings.seed}_{style[:6]}"
+    folder = places.outputs / f"synthetic_portraits_{style}"
     draw_portraits(folder, settings.portraits, settings.portrait_size, settings.seed)
     return folder, f"synthetic portraits of {settings.portrait_size} px, drawn by this project"
 
 
-def find_faces(settings: Settings, places: Places, environ: Mapping[str, str] = os.environ) -> Faces:
+def find_faces(settings: Settings, places: Places) -> Faces:
     """FACES_DIR, else Kaggle's fakefaces, else (RESTORATION_FACES=kaggle) its download, else synthetic portraits.
 
-    Raises FileNotFoundError if the folder holds no images.
+    Says what was left out of the folder. Raises FileNotFoundError if it holds no pictures, ValueError if it is the
+    folder of the outputs.
     """
-    folder, source = _faces_folder(settings, places, environ)
-    refused: dict[str, str] = {}
-    names = list_images(folder, refused)
+    folder, source = _faces_folder(settings, places)
+    names, left_out = list_images(folder)
     if places.outputs == folder:
         raise ValueError(f"the faces and the outputs are in the same folder, {folder}: choose another OUTPUT_DIR")
     if places.outputs.is_relative_to(folder):  # results are no faces to learn from
         results = places.outputs.relative_to(folder).as_posix() + "/"
         names = [name for name in names if not name.startswith(results)]
+        left_out = {name: reason for name, reason in left_out.items() if not name.startswith(results)}
     if not names:
-        reasons = "".join(f"; {name}: {reason}" for name, reason in refused.items())
+        reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise FileNotFoundError(f"no images ({suffixes}) in {folder} or its subfolders{reasons}")
     used = names[: settings.max_faces]
     source += f", the first {len(used)} of {len(names)}" if len(used) < len(names) else ""
-    return Faces(folder, source, used, refused)
+    return Faces(folder, source, used, left_out)
 
 
 # ======================================================================================================================
@@ -1041,14 +656,13 @@ def find_faces(settings: Settings, places: Places, environ: Mapping[str, str] = 
 def add_gaussian_noise(image: np.ndarray, rng: np.random.Generator, sigma: float = Settings.noise_sigma) -> np.ndarray:
     """Adds Gaussian noise of mean 0 and standard deviation `sigma` (of 255), drawn for every pixel and channel.
 
-    uint8 (H, W, 3) in and out; the input is not changed. The noise is rounded before it is added, which makes no
-    difference to whole numbers. OpenCV draws it, several times as fast as NumPy, from a seed that `rng` gives: its
-    random state is the thread's own.
+    uint8 (H, W, 3) in and out; the input is not changed. OpenCV draws the noise, in whole numbers, several times as
+    fast as NumPy, from a seed that `rng` gives: its random state is the thread's own.
     """
-    noise = np.empty((image.shape[0], image[0].size), np.int16)
+    grain = np.empty((image.shape[0], image[0].size), np.int16)
     cv2.setRNGSeed(int(rng.integers(-(2**31), 2**31)))
-    cv2.randn(noise, 0, sigma)
-    return cv2.add(image, noise.reshape(image.shape), dtype=cv2.CV_8U)  # clips; a bare sum would wrap 256 round to 0
+    cv2.randn(grain, 0, sigma)
+    return cv2.add(image, grain.reshape(image.shape), dtype=cv2.CV_8U)  # clips; a bare sum would wrap 256 round to 0
 
 
 def distort_colors(
@@ -1101,11 +715,11 @@ def occlude_irregular(image: np.ndarray, rng: np.random.Generator, settings: Set
     occluded = image.copy()
     for polygon in _polygons(image.shape, rng, settings):
         inside = cv2.fillPoly(np.zeros(image.shape[:2], np.uint8), [polygon], 1).astype(bool)
-        fill = ("black", "white", "noise")[rng.integers(3)]
-        if fill == "noise":
+        paint = ("black", "white", "noise")[rng.integers(3)]
+        if paint == "noise":
             occluded[inside] = rng.integers(0, 256, (np.count_nonzero(inside), image.shape[2]), dtype=np.uint8)
         else:
-            occluded[inside] = 255 if fill == "white" else 0
+            occluded[inside] = 255 if paint == "white" else 0
     return occluded
 
 
@@ -1131,195 +745,33 @@ def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, settings: Se
     raise ValueError(f"unknown kind of degradation {kind!r}; choose one of {', '.join(KINDS)}")
 
 
-def _recipe(settings: Settings) -> dict:
-    """What the bytes of a degraded file depend on beside the original and its name."""
-    used = ("seed", "noise_sigma", "saturation", "value", "polygons", "polygon_vertices", "polygon_size")
-    return json.loads(json.dumps({key: getattr(settings, key) for key in (*used, "jpeg_quality")}))
+@functools.cache
+def degradation_id(settings: Settings) -> str:
+    """A fingerprint of the degradations: of what they make of a test card, not of what is said about them.
 
-
-def _output_stems(faces: Faces) -> dict[str, str]:
-    """By the originals' names, the file stem of their degraded copies; a short hash is added where it is not unique.
-
-    Otherwise a.jpg and a.png, or one/a.jpg and two/a.jpg, would overwrite each other's copies. File systems take names
-    of 255 bytes, so a long one is cut.
+    So degraded files of an older version of this code are known to be old, and never get the masks of a newer one.
     """
-    stems = {name: PurePosixPath(name).stem for name in faces.names}
-    count = Counter(map(str.casefold, stems.values()))
-    for name, stem in stems.items():
-        cut = stem.encode()[:200].decode(errors="ignore")
-        if count[stem.casefold()] > 1 or cut != stem:
-            stems[name] = f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return stems
-
-
-def _copies(folder: Path, stem: str) -> list[Path]:
-    """The degraded copies of an original."""
-    return [folder / f"{stem}_{kind}.jpg" for kind in KINDS]
-
-
-def _read_manifest(folder: Path, settings: Settings) -> dict[str, list[str]]:
-    """By the originals' names: the content's hash, the stem of the copies and, if there are none, why.
-
-    Empty if other settings made the folder, or it has no manifest or a damaged one.
-    """
-    try:
-        with (folder / MANIFEST).open(encoding="utf-8") as file:
-            manifest = json.load(file)
-        made = manifest["originals"] if manifest["recipe"] == _recipe(settings) else {}
-        whole = [type(e) is list and len(e) in (2, 3) and all(type(x) is str for x in e) for e in made.values()]
-        return made if all(whole) else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # nothing is lost by that: degraded images are made again from their seeds
-
-
-def _write_manifest(folder: Path, settings: Settings, originals: dict[str, list[str]]) -> None:
-    """Records what was made in `folder`, and by which recipe."""
-    write_json(folder / MANIFEST, {"recipe": _recipe(settings), "originals": originals})
-
-
-def _hash(path: Path) -> str:
-    """SHA-256 of a file's content, 32 hexadecimal digits of it; empty if it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-    except OSError:
-        return ""
-
-
-def _unfinished(faces: Faces, folder: Path, settings: Settings) -> list[str]:
-    """The names of originals whose degraded copies are missing from `folder` or were made from something else."""
-    manifest, stems = _read_manifest(folder, settings), _output_stems(faces)
-
-    def is_done(name: str) -> bool:
-        """Whether the manifest names this very file, and its copies are there or it could not be read then."""
-        was, stem, *failed = manifest.get(name, ("", ""))
-        if was != _hash(faces.folder / name) or not (was or failed):
-            return False
-        return bool(failed) or (stem == stems[name] and all(path.exists() for path in _copies(folder, stem)))
-
-    return [name for name, done in zip(faces.names, in_parallel(is_done, faces.names)) if not done]
-
-
-def _estimate_bytes(sample: Sequence[Path]) -> float:
-    """About how much the degraded copies of one original will take, from the sizes in the headers of some.
-
-    At quality 95 and 4:4:4 a noisy image takes about 1.7 bytes a pixel and the two others about 0.5 each.
-    """
-    pixels = []
-    for path in sample:
-        with contextlib.suppress(OSError):
-            pixels.append(_count_pixels(path.read_bytes()))
-    return 2.7 * sum(pixels) / max(1, len(pixels))
-
-
-def _check_space(sample: Sequence[Path], count: int, folder: Path) -> None:
-    """Raises OSError before the work begins if the copies of `count` originals like those of `sample` will not fit."""
-    needed, room = count * _estimate_bytes(sample), shutil.disk_usage(folder).free
-    if folder.parent.parts[-2:] == ("kaggle", "working"):  # Kaggle keeps 20 GB of it, however large the disk is
-        room = min(room, 20 * 10**9 - sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file()))
-    if needed > room:
-        raise OSError(
-            f"the degraded images of {count} originals need about {needed / 1e9:.1f} GB, {folder} has room for "
-            f"{room / 1e9:.1f}; free some, or use fewer originals (max_faces in the settings)"
-        )
-
-
-class DegradeReport(NamedTuple):
-    """What `degrade_folder` did: originals degraded now, those found done, and what could not be read and why."""
-
-    made: int
-    kept: int
-    failed: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"{self.made} originals degraded in {len(KINDS)} ways now, {self.kept} were already done"]
-        if not self.made:
-            lines = [f"all {self.kept} originals were already done"]
-        if self.failed:
-            lines.append("left out, since they cannot be read:")
-        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.failed.items()])
-
-
-def _degrade_file(name: str, faces: Faces, stem: str, folder: Path, settings: Settings) -> list[str]:
-    """Writes the degraded versions of one original and returns its manifest entry, which says if that failed."""
-    path = faces.folder / name
-    entry = [_hash(path), stem]  # before it is read: if it changes now, it will be degraded again
-    try:
-        image = read_image(path)
-        for kind, copy in zip(KINDS, _copies(folder, stem)):
-            rng = np.random.default_rng(derive_seed(settings.seed, kind, name))
-            write_image(copy, degrade(image, kind, rng, settings), settings.jpeg_quality)
-    except ValueError as error:
-        entry.append(str(error).removeprefix(f"{path}: "))
-    return entry
-
-
-def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int | None = None) -> DegradeReport:
-    """Writes the three degraded versions of every original to `folder`, in parallel, and a manifest of what made them.
-
-    The bytes depend on the original, its name and the settings only. What the manifest says is done is not made again,
-    so a second run does nothing and an interrupted or killed one goes on: two seconds' work is lost at most. Originals
-    are never touched.
-
-    Raises OSError if the result will not or does not fit on the disk, ValueError if no original could be read,
-    RuntimeError if there is something to do and another run is writing to the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    made = set(_unfinished(faces, folder, settings))
-    if made:
-        with alone_in(folder), ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # OpenCV releases the lock
-            made = set(_unfinished(faces, folder, settings))  # another run may have made them meanwhile
-            _degrade_files([name for name in faces.names if name in made], faces, folder, settings, pool)
-    manifest = _read_manifest(folder, settings)
-    failed = {name: manifest[name][2] for name in faces.names if len(manifest.get(name, "")) > 2}
-    if len(failed) == len(faces.names):
-        raise ValueError("\n  ".join(["no original could be read:", *(f"{n}: {why}" for n, why in failed.items())]))
-    made -= failed.keys()
-    return DegradeReport(len(made), len(faces.names) - len(failed) - len(made), {**faces.refused, **failed})
-
-
-def _degrade_files(todo: list[str], faces: Faces, folder: Path, settings: Settings, pool: ThreadPoolExecutor) -> None:
-    """Degrades the originals of `todo` and keeps the manifest up to date, however this ends."""
-    _check_space([faces.folder / name for name in todo[:: max(1, len(todo) // 50)]], len(todo), folder)
-    manifest, stems = _read_manifest(folder, settings), _output_stems(faces)
-    again, replaced, written = set(todo), {stems[name] for name in todo}, time.monotonic()
-    for name in [n for n, entry in manifest.items() if n in again or entry[1] in replaced]:
-        del manifest[name]  # forgotten before its files are replaced
-    _write_manifest(folder, settings, manifest)
-    waiting, running = iter(todo), {}
-    try:
-        with progress("degrading", len(todo), "original") as bar:
-            for _ in todo:
-                while len(running) < 64 and (name := next(waiting, None)):  # all at once, they would fill the memory
-                    running[pool.submit(_degrade_file, name, faces, stems[name], folder, settings)] = name
-                done = next(as_completed(running))
-                manifest[running[done]] = done.result()
-                del running[done]
-                bar.update()
-                if time.monotonic() - written > 2:  # so a killed process has little to do again
-                    _write_manifest(folder, settings, manifest)
-                    written = time.monotonic()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        rest = {name: f.result() for f, name in running.items() if not (f.cancelled() or f.exception())}
-        _write_manifest(folder, settings, manifest | rest)
-
-
-# ======================================================================================================================
-# Data
-# ======================================================================================================================
+    card = (np.arange(96 * 128 * 3) % 251).astype(np.uint8).reshape(96, 128, 3)
+    drawn = [drawn_id(lambda rng, kind=kind: degrade(card, kind, rng, settings)) for kind in KINDS]
+    drawn.append(drawn_id(lambda rng: occlusion_mask(card.shape, rng, settings)))
+    names = ("seed", "noise_sigma", "saturation", "value", "polygons", "polygon_vertices", "polygon_size")
+    return fingerprint(drawn, [getattr(settings, name) for name in (*names, "jpeg_quality")])
 
 
 class Pair(NamedTuple):
-    """A degraded image and its original: the kind of damage, the original's name, and where both lie.
+    """A degraded image and its original: the kind of damage, the original's name and content, and where both lie.
 
     Of the kind `clean`, the degraded image is the original itself.
     """
 
     kind: str
     name: str
-    original_hash: str
+    content: str  # fingerprint of the original's file, empty if it could not be read
     folder: Path  # of the originals
-    copies: str  # of which the degraded images' paths begin with
+    copies: Path  # folder of the degraded images
+    stem: str  # of the degraded images
+    store: Path = Path()  # the file that holds their pixels at the networks' size,
+    row: int = 0  # and where in it
 
     @property
     def original(self) -> Path:
@@ -1329,57 +781,192 @@ class Pair(NamedTuple):
     @property
     def degraded(self) -> Path:
         """The degraded file."""
-        return self.original if self.kind == "clean" else Path(f"{self.copies}_{self.kind}.jpg")
+        return self.original if self.kind == "clean" else self.copies / f"{self.stem}_{self.kind}.jpg"
 
-    def open(self) -> Image.Image:
-        """The degraded image. Raises ValueError, naming it and what to do, if it cannot be read."""
+    def seed(self, settings: Settings) -> int:
+        """What the damage is drawn from."""
+        return derive_seed(settings.seed, self.kind, self.name)
+
+    def comment(self, settings: Settings) -> str:
+        """What the degraded file says in its JPEG comment: which code, settings and original made it."""
+        made_by = fingerprint(degradation_id(settings), self.kind, self.name, self.content)
+        return f"degraded by restoration_utils, {made_by}"
+
+    def is_done(self, settings: Settings) -> bool:
+        """Whether the degraded file is there and was made of this very original, as it would be made now."""
+        segment = jpeg_comment(self.comment(settings))
         try:
-            return open_image(self.degraded)
-        except ValueError as error:
-            remedy = "" if self.kind == "clean" else "; delete it and run this again: it is made anew"
-            raise ValueError(f"{error}{remedy}") from error
+            with self.degraded.open("rb") as file:
+                return file.read(JPEG_HEADER + len(segment))[JPEG_HEADER:] == segment
+        except OSError:
+            return False
 
 
-def prepare_pairs(
-    faces: Faces, places: Places, settings: Settings, report: Callable[[str], None] = print
-) -> list[Pair]:
-    """The pairs of every readable original, degraded first if that has not been done, and a line that says so.
+def plan_pairs(faces: Faces, copies: Path) -> list[Pair]:
+    """The pairs of all originals, the kinds of one side by side; every original is read for its fingerprint.
 
-    Degraded images attached on Kaggle (the output of notebook 01) are used if they are complete and were made with the
-    same settings from the same originals; otherwise they are made again from the seed. Only what the manifest names
-    counts as a pair.
+    A short hash is added to the stem of the copies where it is not unique: otherwise a.jpg and a.png, or one/a.jpg and
+    two/a.jpg, would overwrite each other's. File systems take names of 255 bytes, so a long one is cut.
     """
-    folder = places.degraded
-    attached = sorted(places.attached.rglob(MANIFEST)) if places.attached else []
-    complete = [path.parent for path in attached if not _unfinished(faces, path.parent, settings)]
-    if complete:
-        folder = complete[0]
-        report(f"Degraded images: those attached in {folder}")
-    else:
-        report(f"Degraded images: {degrade_folder(faces, folder, settings)}")
-    pairs, manifest = [], _read_manifest(folder, settings)
-    for name in faces.names:
-        if name not in manifest:
-            raise ValueError(f"{folder} has been replaced by another run since: run this again")
-        content, stem, *failed = manifest.pop(name)  # popped: many originals are never in memory twice
-        if not failed:
-            copies = f"{folder}/{stem}"
-            pairs += [Pair(kind, name, content, faces.folder, copies) for kind in KINDS]
+
+    def content_of(path: Path) -> str:
+        with contextlib.suppress(OSError):
+            return fingerprint(path.read_bytes())
+        return ""
+
+    stems = [PurePosixPath(name).stem.encode()[:200].decode(errors="ignore") for name in faces.names]
+    count, pairs = Counter(map(str.casefold, stems)), []
+    for name, stem, content in zip(faces.names, stems, in_parallel(content_of, faces.files)):
+        unique = stem if count[stem.casefold()] == 1 else f"{stem}-{fingerprint(name)}"
+        pairs += [Pair(kind, name, content, faces.folder, copies, unique) for kind in KINDS]
     return pairs
 
 
-def require_unchanged(pairs: Sequence[Pair], settings: Settings) -> None:
-    """Raises ValueError if the degraded images of `pairs` have been replaced since, by another run in their folder."""
-    manifests = {folder: _read_manifest(folder, settings) for folder in {pair.degraded.parent for pair in pairs}}
+def _check_space(originals: Sequence[Path], folder: Path) -> None:
+    """Raises OSError before the work begins if the degraded images will not fit on the disk, judging by some originals.
+
+    At quality 95 and 4:4:4 a noisy image takes about 1.7 bytes a pixel and the two others about 0.5 each.
+    """
+    pixels = []
+    for path in originals[:: max(1, len(originals) // 50)]:
+        with contextlib.suppress(Exception), Image.open(path) as image:
+            pixels.append(image.width * image.height)
+    needed, room = 2.7 * len(originals) * float(np.mean(pixels or 0)), shutil.disk_usage(folder).free
+    if folder.parent.parts[-2:] == ("kaggle", "working"):  # Kaggle keeps 20 GB of it, however large the disk is
+        room = min(room, 20 * 10**9 - sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file()))
+    if needed > room:
+        what = f"the degraded images of {counted(len(originals), 'original')} need about {needed / 1e9:.1f} GB"
+        remedy = "free some, or use fewer originals (max_faces in the settings)"
+        raise OSError(f"{what}, {folder} has room for {room / 1e9:.1f}; {remedy}")
+
+
+class DegradeReport(NamedTuple):
+    """What `degrade_folder` did: originals degraded now, those found done, what was left out and why; the pairs."""
+
+    made: int
+    kept: int
+    left_out: dict[str, str]
+    pairs: list[Pair]
+
+    def __str__(self) -> str:
+        lines = [f"{counted(self.made, 'original')} degraded in {len(KINDS)} ways now, {self.kept} already done"]
+        if not self.made:
+            lines = [f"{counted(self.kept, 'original')}, already done"]
+        lines += ["left out:"] if self.left_out else []
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.left_out.items()])
+
+
+def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int = 0) -> DegradeReport:
+    """Writes the three degraded versions of every original to `folder`, in parallel.
+
+    The bytes depend on the original, its name and the settings only, and every file says in its JPEG comment what made
+    it. What is there and right is not made again, so a second run does nothing and a killed one goes on. Originals are
+    never touched. Raises OSError if the result will not or does not fit on the disk, ValueError if no original could be
+    read, RuntimeError if there is something to do and another run is writing to the folder.
+    """
+    planned = plan_pairs(faces, folder)
+    originals = [planned[first : first + len(KINDS)] for first in range(0, len(planned), len(KINDS))]
+    todo = [pairs for pairs in originals if not all(pair.is_done(settings) for pair in pairs)]
+    failed = {}
+
+    def work(pairs: list[Pair]) -> str:
+        try:
+            image = read_image(pairs[0].original)
+            for pair in pairs:
+                degraded = degrade(image, pair.kind, np.random.default_rng(pair.seed(settings)), settings)
+                write_image(pair.degraded, degraded, settings.jpeg_quality, pair.comment(settings))
+        except ValueError as error:
+            return str(error).removeprefix(f"{pairs[0].original}: ")
+        return ""
+
+    if todo:
+        with alone_in(folder):
+            _check_space([pairs[0].original for pairs in todo], folder)
+            reasons = in_parallel(work, todo, "degrading", "original", workers)
+            failed = {pairs[0].name: reason for pairs, reason in zip(todo, reasons) if reason}
+    if len(failed) == len(originals):
+        raise ValueError("\n  ".join(["no original could be read:", *(f"{n}: {why}" for n, why in failed.items())]))
+    pairs = [pair for pair in planned if pair.name not in failed]
+    return DegradeReport(len(todo) - len(failed), len(originals) - len(todo), {**faces.left_out, **failed}, pairs)
+
+
+# ======================================================================================================================
+# Data
+# ======================================================================================================================
+
+
+def prepare_pairs(faces: Faces, places: Places, settings: Settings) -> list[Pair]:
+    """The pairs of every readable original, degraded first if that has not been done, and a line that says so.
+
+    Degraded images attached on Kaggle (the output of notebook 01) are used if they are complete and would be made the
+    same now; otherwise they are made again from the seed. All images are then at hand at the networks' size.
+    """
+
+    def is_unreadable(pair: Pair) -> bool:
+        try:
+            read_image(pair.original)
+        except ValueError:
+            return True
+        return False
+
+    for folder in sorted(places.attached.rglob("fakefaces_degraded")) if places.attached else ():
+        planned = plan_pairs(faces, folder)
+        if all(pair.is_done(settings) or is_unreadable(pair) for pair in planned):
+            print(f"Degraded images: those attached in {folder}")
+            pairs = [pair for pair in planned if pair.is_done(settings)]
+            break
+    else:
+        report = degrade_folder(faces, places.degraded, settings)
+        print(f"Degraded images: {report}")
+        pairs = report.pairs
+    if (count := len(pairs) // len(KINDS)) < 50 and settings.profile != "smoke":
+        print(f"NOTE: {counted(count, 'original')} will not teach much: 200 are enough to see something happen")
+    return store_images(pairs, places, settings)
+
+
+PLANES = 3 * (1 + len(KINDS)) + 1  # of an original in the store: RGB of it and of its copies, and the hole
+
+
+def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> list[Pair]:
+    """Reads all images of the pairs, once and in parallel, into one file in the outputs, and says in each pair where.
+
+    The file is a NumPy array, uint8 (originals, PLANES, 256, 256), which is mapped into memory: nothing is decoded
+    again in any epoch or notebook, and there may be more of it than memory. Its name says what it was made from.
+    """
+    store = places.outputs / f"images_{IMAGE_SIZE}px_{fingerprint(degradation_id(settings), faces_id(pairs))}.npy"
+    by_name: dict[str, list[Pair]] = {}
     for pair in pairs:
-        if manifests[pair.degraded.parent].get(pair.name, [""])[0] != pair.original_hash:
-            raise ValueError(f"{pair.degraded} has been replaced by another run since: run this notebook again")
+        by_name.setdefault(pair.name, []).append(pair)
+
+    def read(same: list[Pair]) -> bytes:
+        planes = np.empty((PLANES, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+        size = (IMAGE_SIZE, IMAGE_SIZE)
+        for number, pair in enumerate([same[0]._replace(kind="clean"), *same]):
+            try:
+                image = open_image(pair.degraded)
+            except ValueError as error:
+                raise ValueError(f"{error}; delete it and run this again: it is made anew") from error
+            resized = image.resize(size, Image.Resampling.BILINEAR)  # antialiased
+            planes[3 * number : 3 * number + 3] = np.asarray(resized).transpose(2, 0, 1)
+        seed = next(pair for pair in same if pair.kind == "occluded").seed(settings)
+        mask = occlusion_mask(image.size[::-1], np.random.default_rng(seed), settings)
+        planes[-1] = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR))
+        return planes.tobytes()
+
+    if not store.is_file():
+        for stale in places.outputs.glob(f"images_{IMAGE_SIZE}px_*.npy"):
+            stale.unlink()
+        shape = (len(by_name), PLANES, IMAGE_SIZE, IMAGE_SIZE)
+        with atomic(store) as temporary, temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            file.writelines(in_parallel(read, list(by_name.values()), "reading", "original"))
+    rows = {name: row for row, name in enumerate(by_name)}
+    return [pair._replace(store=store, row=rows[pair.name]) for pair in pairs]
 
 
 def faces_id(pairs: Sequence[Pair]) -> str:
     """A short fingerprint of the originals, names and contents, that every checkpoint made from them carries."""
-    content = sorted({f"{pair.name} {pair.original_hash}" for pair in pairs})
-    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:12]
+    return fingerprint(*sorted({(pair.name, pair.content) for pair in pairs}))
 
 
 class Splits(NamedTuple):
@@ -1394,82 +981,46 @@ class Splits(NamedTuple):
 def split_pairs(pairs: Sequence[Pair], settings: Settings) -> Splits:
     """Splits by original, never by file: 80 / 20 % for pretraining, 90 / 10 % for the GAN, nested, seeded.
 
-    `random_split` cuts one permutation of the originals into three: both stages' validation, the pretraining's
-    validation only, and both stages' training. Raises ValueError if there are too few originals for that.
+    Copies of one photograph under several names count as one. `random_split` cuts one permutation of the originals into
+    three: both stages' validation, the pretraining's validation only, and both stages' training. Raises ValueError if
+    there are too few originals for that.
     """
-    names = sorted({pair.name for pair in pairs})
-    both = max(1, round(settings.gan_validation * len(names)))
-    pretrain = max(both, round(settings.pretrain_validation * len(names)))
-    if pretrain >= len(names):
-        raise ValueError(f"{len(names)} original(s) are too few to split: 2 are the least, 200 enough to learn from")
-    sizes = [both, pretrain - both, len(names) - pretrain]
-    parts = random_split(names, sizes, torch.Generator().manual_seed(settings.seed))
-    part_of = {name: number for number, part in enumerate(parts) for name in part}
-    final, middle, train = ([pair for pair in pairs if part_of[pair.name] == number] for number in range(3))
+    contents = list(dict.fromkeys(pair.content for pair in sorted(pairs, key=lambda pair: pair.name)))
+    both = max(1, round(settings.gan_validation * len(contents)))
+    pretrain = max(both, round(settings.pretrain_validation * len(contents)))
+    if pretrain >= len(contents):
+        raise ValueError(
+            f"too few to split: {counted(len(contents), 'original')}; 2 are the least, 200 enough to learn from"
+        )
+    sizes = [both, pretrain - both, len(contents) - pretrain]
+    thirds = random_split(contents, sizes, torch.Generator().manual_seed(settings.seed))
+    third_of = {content: number for number, third in enumerate(thirds) for content in third}
+    final, middle, train = ([pair for pair in pairs if third_of[pair.content] == number] for number in range(3))
     return Splits(train, final + middle, train + middle, final)
 
 
-def image_transform(size: int = Settings.image_size) -> transforms.Compose:
-    """PIL image to float tensor (3, size, size) in [-1, 1]; bilinear with antialiasing, the aspect not kept."""
-    resize = transforms.Resize((size, size))
+def image_transform() -> transforms.Compose:
+    """PIL image to float tensor (3, 256, 256) in [-1, 1]; bilinear with antialiasing, the aspect not kept."""
+    resize = transforms.Resize((IMAGE_SIZE, IMAGE_SIZE))
     return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
 
 
-class Kept(NamedTuple):
-    """Images at the networks' size in memory: uint8 RGB, and where each lies by kind and name of its pair."""
-
-    images: Tensor  # (M, 3, 256, 256); an original's kind is `clean`
-    holes: Tensor  # (M, 1, 256, 256), of the occluded ones
-    image_at: dict[tuple[str, str], int]
-    hole_at: dict[str, int]
-
-
-def keep_images(
-    pairs: Sequence[Pair], settings: Settings, report: Callable[[str], None] = print, workers: int | None = None
-) -> Kept | None:
-    """Reads every image of the pairs once, in parallel, so that no epoch waits for a JPEG to be decoded again.
-
-    None, and a line that says so, if they would take more than `cache_gb`.
-    """
-    wanted = list(dict.fromkeys((*pairs, *(pair._replace(kind="clean") for pair in pairs))))
-    image_at = {(pair.kind, pair.name): row for row, pair in enumerate(wanted)}
-    hole_at = {name: row for row, name in enumerate(name for kind, name in image_at if kind == "occluded")}
-    square = (settings.image_size,) * 2
-    needed = (3 * len(image_at) + len(hole_at)) * math.prod(square) / 1e9
-    if needed > settings.cache_gb:
-        report(f"{len(wanted)} images would take {needed:.2g} GB, more than cache_gb in the settings "
-               f"({settings.cache_gb:g}): they are read anew in every epoch")  # fmt: skip
-        return None
-    images = torch.empty(len(image_at), 3, *square, dtype=torch.uint8)
-    holes = torch.empty(len(hole_at), 1, *square, dtype=torch.uint8)
-    kept = Kept(images, holes, image_at, hole_at)
-    dataset = FaceRestorationGANDataset(wanted, settings)
-
-    def read(row: int) -> None:
-        """One image, with its hole."""
-        pair = wanted[row]
-        resized = transforms.functional.resize(pair.open(), square)
-        images[row] = transforms.functional.pil_to_tensor(resized)
-        if pair.kind == "occluded":
-            holes[hole_at[pair.name]] = (255 * dataset.hole(pair)).round()
-
-    with progress("reading", len(wanted), "image") as bar:
-        for _ in in_parallel(read, range(len(wanted)), workers):
-            bar.update()
-    return kept
+@functools.lru_cache(maxsize=2)
+def _open_store(path: Path) -> np.ndarray:
+    """The array of `store_images`, mapped into memory."""
+    return np.load(path, mmap_mode="c")
 
 
 class FaceRestorationGANDataset(Dataset):
     """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with kind, name, hole.
 
     `hole` is the occlusion's true mask, float (1, 256, 256) in [0, 1], drawn again from the seed; zero for other kinds.
-    An item is asked for by its index, or by (index, mirrored) to train with. With `kept` nothing is read from the disk;
-    the values are the same.
+    An item is asked for by its index, or by (index, mirrored) to train with. The pixels are those of `image_transform`,
+    from the file of `store_images`.
     """
 
-    def __init__(self, pairs: Sequence[Pair], settings: Settings = PROFILES["full"], kept: Kept | None = None) -> None:
-        self.pairs, self.settings, self.kept = list(pairs), settings, kept
-        self.transform = image_transform(settings.image_size)
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = list(pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -1477,34 +1028,13 @@ class FaceRestorationGANDataset(Dataset):
     def __getitem__(self, item: int | tuple[int, bool]) -> tuple[Tensor, Tensor, dict]:
         index, mirrored = item if isinstance(item, tuple) else (item, False)
         pair = self.pairs[index]
-        images = self._image(pair), self._image(pair._replace(kind="clean")), self.hole(pair)
-        degraded, original, hole = (image.flip(-1) for image in images) if mirrored else images
+        planes = torch.from_numpy(_open_store(pair.store)[pair.row])  # (PLANES, 256, 256)
+        first = 3 * ("clean", *KINDS).index(pair.kind)
+        degraded, original = (planes[i : i + 3].float().div_(255).sub_(0.5).div_(0.5) for i in (first, 0))
+        hole = planes[-1:].float().div_(255) if pair.kind == "occluded" else torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE)
+        if mirrored:
+            degraded, original, hole = (image.flip(-1) for image in (degraded, original, hole))
         return degraded, original, {"kind": pair.kind, "name": pair.name, "hole": hole}
-
-    def _image(self, pair: Pair) -> Tensor:
-        """The degraded image of a pair; that of kind `clean` is the original."""
-        if self.kept is None:
-            return self.transform(pair.open())
-        pixels = self.kept.images[self.kept.image_at[pair.kind, pair.name]]
-        return pixels.float().div_(255).sub_(0.5).div_(0.5)  # as the transform, to the last bit
-
-    def hole(self, pair: Pair) -> Tensor:
-        """The true mask of what was covered."""
-        if pair.kind != "occluded":
-            return torch.zeros(1, *(self.settings.image_size,) * 2)
-        if self.kept is not None:
-            return self.kept.holes[self.kept.hole_at[pair.name]].float().div_(255)
-        with Image.open(pair.degraded) as image:
-            shape = image.height, image.width
-        return draw_hole(shape, derive_seed(self.settings.seed, pair.kind, pair.name), self.settings)
-
-
-def draw_hole(shape: Sequence[int], seed: int, settings: Settings) -> Tensor:
-    """The mask that `occlude_irregular` covers from a seed in an image of `shape`, as the networks' images are resized:
-    float (1, 256, 256) in [0, 1].
-    """
-    mask = Image.fromarray(occlusion_mask(shape, np.random.default_rng(seed), settings))
-    return transforms.functional.to_tensor(mask.resize((settings.image_size,) * 2, Image.Resampling.BILINEAR))
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -1512,56 +1042,33 @@ def to_pixels(images: Tensor) -> Tensor:
     return ((images.detach().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-class EpochSampler(Sampler):
-    """Yields (index, mirrored) in an order that depends on the settings' seed, the stage and the epoch only.
+def make_loader(
+    pairs: Sequence[Pair], batch: int, device: torch.device, order: Sequence[tuple[int, bool]] | None = None
+) -> DataLoader:
+    """A loader of (degraded, original, info) batches in the order given, or in that of the pairs.
 
-    So an epoch is the same whether or not the run was interrupted before it, and whatever the number of workers.
+    With an order, for training, batches are always full, if there are enough pairs for one: what is left over has its
+    turn in other epochs. Raises ValueError if there are no pairs.
     """
-
-    def __init__(self, length: int, settings: Settings, stage: str) -> None:
-        self.length, self.settings, self.stage, self.epoch = length, settings, stage, 1
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, bool]]:
-        rng = np.random.default_rng(derive_seed(self.settings.seed, self.stage, self.epoch))
-        order, mirrored = rng.permutation(self.length), rng.random(self.length) < self.settings.flip
-        yield from zip(order.tolist(), mirrored.tolist())
-
-
-def require_pairs(pairs: Sequence[Pair]) -> None:
-    """Raises ValueError if there are none."""
     if not pairs:
         raise ValueError("no pairs to load: both training and validation need at least one")
+    drop_last = order is not None and len(pairs) >= batch
+    dataset, on_gpu = FaceRestorationGANDataset(pairs), device.type == "cuda"
+    return DataLoader(dataset, batch, sampler=order, drop_last=drop_last, pin_memory=on_gpu)
 
 
-def make_loader(
-    pairs: Sequence[Pair],
-    batch: int,
-    settings: Settings,
-    device: torch.device,
-    stage: str | None = None,
-    kept: Kept | None = None,
-) -> DataLoader:
-    """A loader of (degraded, original, info) batches; with `stage` a training loader, shuffled anew every epoch.
+def training_order(length: int, settings: Settings, stage: str, epoch: int) -> list[tuple[int, bool]]:
+    """For an epoch, the order of the pairs and whether each is mirrored: (index, mirrored).
 
-    Workers and pinned memory only for a GPU: on the CPU they would take the cores from the training itself. Raises
-    ValueError if there are no pairs.
+    It depends on the settings' seed, the stage and the epoch only, so an epoch is the same after an interruption.
     """
-    require_pairs(pairs)
-    on_gpu = device.type == "cuda"
-    workers = min(4, os.cpu_count() or 1) if on_gpu else 0
-    sampler = EpochSampler(len(pairs), settings, stage) if stage else None
-    return DataLoader(
-        FaceRestorationGANDataset(pairs, settings, kept), batch, sampler=sampler, num_workers=workers,
-        pin_memory=on_gpu, persistent_workers=workers > 0,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # shares what is kept
-    )  # fmt: skip
+    rng = np.random.default_rng(derive_seed(settings.seed, stage, epoch))
+    order, mirrored = rng.permutation(length), rng.random(length) < settings.flip
+    return list(zip(order.tolist(), mirrored.tolist()))
 
 
 # ======================================================================================================================
-# Models
+# Generator
 # ======================================================================================================================
 
 
@@ -1638,22 +1145,12 @@ def detail_of(images: Tensor) -> Tensor:
 def noise_level(detail: Tensor) -> Tensor:
     """Standard deviation of a picture's `detail`, (N, 3, 256, 256), where it is flattest: (N, 1, 1, 1), same units.
 
-    Where a photograph shows nothing, what is left is its noise (block-based, Olsen 1993). Blocks of
-    16 px without even half an 8-bit step of it are a border or a hole and do not count; with nothing else the level
-    is 0.
+    Where a photograph shows nothing, what is left is its noise (block-based, Olsen 1993). Blocks of 16 px without even
+    half an 8-bit step of it are a border or a hole and do not count; with nothing else the level is 0.
     """
     blocks = F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).clamp(min=1e-12).sqrt()  # (N, 256)
     level = blocks.where(blocks > 0.5 / 127.5, torch.nan).nanquantile(0.1, dim=1)
     return level.nan_to_num(0.0)[:, None, None, None]
-
-
-def joined(convolution: nn.Conv2d, features: Tensor, images: Tensor) -> Tensor:
-    """What the convolution (kernel 3) makes of features with images as further channels, without copying them together.
-
-    A sixth of the time of a training step goes into such copies, and into gradients that are slices of them.
-    """
-    weights = convolution.weight.split([features.shape[1], images.shape[1]], 1)
-    return F.conv2d(features, weights[0], convolution.bias, padding=1) + F.conv2d(images, weights[1], padding=1)
 
 
 class GrainHead(nn.Module):
@@ -1676,7 +1173,16 @@ class GrainHead(nn.Module):
         level = noise_level(detail)  # (N, 1, 1, 1)
         detail = detail / level.clamp(min=1 / 127.5)  # at least an 8-bit step
         detail = detail.clamp(-6, 6)  # what stands out further is no noise
-        return 3 * level * joined(self.noise, self.features(detail), detail).float()  # 3: learns fast
+        return 3 * level * convolve_both(self.noise, self.features(detail), detail).float()  # 3: learns fast
+
+
+def convolve_both(convolution: nn.Conv2d, features: Tensor, images: Tensor) -> Tensor:
+    """What the convolution (kernel 3) makes of features with images as further channels, without copying them together.
+
+    A sixth of the time of a training step goes into such copies, and into gradients that are slices of them.
+    """
+    weights = convolution.weight.split([features.shape[1], images.shape[1]], 1)
+    return F.conv2d(features, weights[0], convolution.bias, padding=1) + F.conv2d(images, weights[1], padding=1)
 
 
 class HoleHead(nn.Module):
@@ -1715,7 +1221,7 @@ def fill_from_around(images: Tensor, known: Tensor) -> Tensor:
     """
     levels = [(images * known, known)]
     while levels[-1][1].shape[-1] > 1:
-        values, weight = (F.avg_pool2d(part, 2) for part in levels[-1])
+        values, weight = (F.avg_pool2d(level, 2) for level in levels[-1])
         trusted = (4 * weight).clamp(max=1)  # one known pixel of four is enough: nothing nearer is to be had
         levels.append((values / weight.clamp(min=1e-6) * trusted, trusted))
     spread = levels[-1][0] / levels[-1][1].clamp(min=1e-6)  # (N, 3, 1, 1)
@@ -1726,12 +1232,12 @@ def fill_from_around(images: Tensor, known: Tensor) -> Tensor:
 
 
 class Restoration(NamedTuple):
-    """What the generator thinks: `restored` is its output, the others are the parts that training supervises."""
+    """What the generator thinks: `restored` is its output, the others are what its heads are supervised by."""
 
     restored: Tensor  # (N, 3, 256, 256) in [-1, 1]
     recolored: Tensor | None = None  # (N, 3, 256, 256), the input without grain, its colours mended, not clipped
     hole: Tensor | None = None  # (N, 1, 256, 256), logits of the probability that a pixel was covered
-    fill: Tensor | None = None  # (N, 3, 256, 256) in [-1, 1], what to paint there
+    repainted: Tensor | None = None  # (N, 3, 256, 256) in [-1, 1], what to paint there
 
 
 class OutputLayer(nn.Module):
@@ -1747,31 +1253,31 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.upsample = nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1)
         self.mix = nn.Conv2d(channels + 3, channels, 3, padding=1)
-        self.parts = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, repaint, hole
+        self.propose = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, repaint, hole
         self.recolor, self.grain, self.detect = ColorHead(), GrainHead(channels), HoleHead(channels)
         with torch.no_grad():
-            self.parts.weight[:6] *= 0.1
-            self.parts.bias.zero_()
+            self.propose.weight[:6] *= 0.1
+            self.propose.bias.zero_()
 
     def forward(self, features: Tensor, degraded: Tensor) -> Restoration:
         """From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input."""
         upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
-        mixed = F.relu(joined(self.mix, upsampled, degraded))  # (N, C, 256, 256)
-        parts = joined(self.parts, mixed, degraded).float()  # from here on in 32 bits, whatever came before
-        correction, repaint, hole = parts.split([3, 3, 1], 1)
+        mixed = F.relu(convolve_both(self.mix, upsampled, degraded))  # (N, C, 256, 256)
+        proposals = convolve_both(self.propose, mixed, degraded).float()  # from here on in 32 bits
+        correction, repaint, hole = proposals.split([3, 3, 1], 1)
         recolored = self.recolor(degraded - self.grain(degraded))  # (N, 3, 256, 256)
         hole = hole + self.detect(degraded)
         covered = torch.sigmoid(hole)
         known = (1 - 2 * covered.detach()).clamp(min=0)  # what is rather hole than not is no source to fill from
-        around = fill_from_around(recolored, known)  # (N, 3, 256, 256)
+        surroundings = fill_from_around(recolored, known)  # (N, 3, 256, 256)
         limit = 1 - 1 / 255  # half an 8-bit step inside Tanh's open range
         kept = torch.tanh(torch.atanh(recolored.clamp(-limit, limit)) + correction)
-        fill = torch.tanh(torch.atanh(around.clamp(-limit, limit)) + repaint)
-        return Restoration(kept + covered * (fill - kept), recolored, hole, fill)
+        repainted = torch.tanh(torch.atanh(surroundings.clamp(-limit, limit)) + repaint)
+        return Restoration(kept + covered * (repainted - kept), recolored, hole, repainted)
 
 
 class PlainOutput(nn.Sequential):
-    """The output layer as commonly written: every pixel is drawn anew from 128 x 128 features. It has no parts."""
+    """The output layer as commonly written: every pixel is drawn anew from 128 x 128 features. It has no heads."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__(nn.ReLU(), nn.ConvTranspose2d(inputs, 3, 4, stride=2, padding=1), nn.Tanh())
@@ -1781,11 +1287,10 @@ class PlainOutput(nn.Sequential):
         return Restoration(super().forward(features).float())
 
 
-def whole_gradient(features: Tensor) -> Tensor:
-    """The same features. Their gradient, a slice of a concatenation's, is copied together: gaps slow batch norm."""
-    if features.requires_grad:
-        features.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
-    return features
+def check_images(images: Tensor, who: str) -> None:
+    """Raises ValueError unless `images` is a batch (N, 3, 256, 256)."""
+    if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"{who} takes images of shape (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), not {tuple(images.shape)}")
 
 
 class UNetGenerator(nn.Module):
@@ -1804,14 +1309,14 @@ class UNetGenerator(nn.Module):
     ) -> None:
         super().__init__()
         widths = [width * factor for factor in (1, 2, 4, 8, 8, 8, 8, 8)]
-        norm = nn.InstanceNorm2d if plain else nn.BatchNorm2d
+        norm, dropout = (nn.InstanceNorm2d, 0.5) if plain else (nn.BatchNorm2d, 0.0)
         self.encoder = nn.ModuleList([EncoderLayer(3, widths[0], None, activation=False)])
         for number in range(1, 8):
             self.encoder.append(EncoderLayer(widths[number - 1], widths[number], norm if number < 7 else None))
         self.decoder = nn.ModuleList()
         for number in range(7, 0, -1):
             inputs = widths[number] if number == 7 else 2 * widths[number]
-            self.decoder.append(DecoderLayer(inputs, widths[number - 1], norm, 0.5 if plain and number > 4 else 0.0))
+            self.decoder.append(DecoderLayer(inputs, widths[number - 1], norm, dropout if number > 4 else 0.0))
         self.output = PlainOutput(2 * widths[0]) if plain else OutputLayer(2 * widths[0], full_resolution_channels)
 
     def forward(self, degraded: Tensor) -> Tensor:
@@ -1827,15 +1332,20 @@ class UNetGenerator(nn.Module):
             maps.append(x)  # (N, W, 128, 128), (N, 2W, 64, 64), ... (N, 8W, 1, 1)
         maps.pop()  # the bottleneck is no skip
         for layer in self.decoder:
-            x = torch.cat([whole_gradient(y) for y in (layer(x), maps.pop())], 1)  # (N, 16W, 2, 2) to (N, 2W, 128, 128)
+            x = torch.cat([layer(x), maps.pop()], 1)  # (N, 16W, 2, 2) to (N, 2W, 128, 128)
         return self.output(x, degraded)
 
 
-def check_images(images: Tensor, who: str) -> None:
-    """Raises ValueError unless `images` is a batch (N, 3, 256, 256)."""
-    size = Settings.image_size
-    if images.ndim != 4 or images.shape[1:] != (3, size, size):
-        raise ValueError(f"{who} takes images of shape (N, 3, {size}, {size}), not {tuple(images.shape)}")
+def build_generator(settings: Settings) -> UNetGenerator:
+    """A new generator, its weights drawn from the settings' seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(settings.seed, "generator"))
+        return UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain)
+
+
+# ======================================================================================================================
+# Discriminator
+# ======================================================================================================================
 
 
 class PatchGANDiscriminator(nn.Module):
@@ -1870,13 +1380,6 @@ class PatchGANDiscriminator(nn.Module):
         return self.layers(torch.cat([seen, candidate], 1)).float()  # (N, 6, 256, 256) to (N, 1, 30, 30)
 
 
-def build_generator(settings: Settings) -> UNetGenerator:
-    """A new generator, its weights drawn from the settings' seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(settings.seed, "generator"))
-        return UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain)
-
-
 def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
     """A new discriminator, its weights drawn from the settings' seed."""
     with torch.random.fork_rng(devices=[]):
@@ -1888,20 +1391,15 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
 # Checkpoints
 # ======================================================================================================================
 
-CHECKPOINT_FORMAT = "face-restoration-4"
-_CONTENT = {
-    "format", "settings", "faces", "start", "epoch", "history", "generator", "discriminator", "average", "optimizer",
-    "precision", "scheduler", "optimizer_g", "optimizer_d", "scheduler_g", "scheduler_d",
-    "precision_g", "precision_d",
-}  # fmt: skip
-_MAY_CHANGE = {
-    "pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "sample_every", "sample_faces", "cache_gb",
-    "time_budget",
-}  # fmt: skip
-_GAN_ONLY = {
-    "gan_batch", "generator_lr", "discriminator_lr", "gan_betas", "gan_lr_step", "l1_weight", "shift",
-    "discriminator_width", "every_second_batch_after",
-}  # fmt: skip
+CHECKPOINT_FORMAT = "face-restoration-5"
+MAY_CHANGE = {"pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "sample_every", "sample_faces"}
+MAY_CHANGE |= {"time_budget"}  # settings with which a run may go on that began with others
+GAN_ONLY = {"gan_batch", "generator_lr", "discriminator_lr", "gan_betas", "gan_lr_step", "l1_weight", "shift"}
+GAN_ONLY |= {"discriminator_width", "every_second_batch_after"}  # settings that pretraining does not look at
+ADVICE = (  # for who has numbers that are not finite
+    "The checkpoint of the epoch before is kept. Look for damaged images, or lower the learning rate and start anew "
+    "with another OUTPUT_DIR"
+)
 
 
 class Run(NamedTuple):
@@ -1911,7 +1409,7 @@ class Run(NamedTuple):
     places: Places
     device: torch.device
     faces: str  # faces_id of all pairs
-    start: str = ""  # what the GAN training started from, weights_id of the pretrained generator; empty: not looked at
+    begun_from: str = ""  # weights_id of the generator that the GAN training starts from; empty: not looked at
 
     @property
     def outputs(self) -> Path:
@@ -1919,12 +1417,25 @@ class Run(NamedTuple):
         return self.places.outputs
 
 
+def not_finite(content: Mapping[str, Any]) -> list[str]:
+    """The networks in a checkpoint's content that have a weight that is not a finite number."""
+    networks = content.keys() & {"generator", "discriminator", "average"}
+    return sorted(n for n in networks if not all(tensor.isfinite().all() for tensor in content[n].values()))
+
+
 def save_checkpoint(path: Path, run: Run, **content: object) -> None:
-    """Saves tensors, numbers, strings and containers of them atomically, with what made them: settings and faces."""
-    made_by = {"format": CHECKPOINT_FORMAT, "settings": asdict(run.settings), "faces": run.faces, "start": run.start}
+    """Saves tensors, numbers, strings and containers of them atomically, with what made them: settings and faces.
+
+    Raises FloatingPointError, and leaves what was there, if a network has weights that are not finite.
+    """
+    if bad := not_finite(content):
+        raise FloatingPointError(
+            f"{path.name} is not written: weights of the {', '.join(bad)} are not finite. {ADVICE}"
+        )
+    made_by = {"format": CHECKPOINT_FORMAT, "settings": asdict(run.settings), "faces": run.faces}
     with atomic(path) as temporary:
         try:
-            torch.save(made_by | content, temporary)
+            torch.save(made_by | {"begun_from": run.begun_from} | content, temporary)
         except RuntimeError as error:
             if "inline_container" not in str(error) and "StreamWriter" not in str(error):
                 raise
@@ -1934,19 +1445,20 @@ def save_checkpoint(path: Path, run: Run, **content: object) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Loads one of our checkpoints to the CPU, wherever it comes from. No code in it is ever run (`weights_only`).
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours or damaged: also if it would
-    unpack to more than its size, holds things that no checkpoint of ours does, or weights that are not finite.
+    Raises FileNotFoundError if there is no such file, ValueError if it is damaged (checksums), not one of ours, or has
+    weights that are not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; notebooks 04 and 05 write them, to OUTPUT_DIR if set")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save does not compress, and torch.load checks no checksums
-            if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
-                raise ValueError("it would unpack to more than its size")
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
             if entry := archive.testzip():
                 raise ValueError(f"the checksum of {entry} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_content(content, Path(path).stat().st_size)
+        if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is not {CHECKPOINT_FORMAT}")
+        if bad := not_finite(content):
+            raise ValueError(f"weights of the {', '.join(bad)} are not finite")
     except Exception as error:  # whatever the unpickler or the zip reader trips over
         reason = {"BadZipFile": "no checkpoint file, or cut short", "UnpicklingError": "holds more than numbers"}
         reason = reason.get(type(error).__name__, str(error).splitlines()[0] if str(error) else repr(error))
@@ -1955,42 +1467,6 @@ def load_checkpoint(path: str | Path) -> dict:
             "delete it and run that again"
         ) from error
     return content
-
-
-def _check_content(content: Any, size: int) -> None:
-    """Raises ValueError unless `content` is what a checkpoint of `size` bytes holds: plain settings, finite weights."""
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"its format is not {CHECKPOINT_FORMAT}")
-    if strange := content.keys() - _CONTENT:
-        raise ValueError(f"holds {', '.join(sorted(map(ascii, strange)))}, which no checkpoint of ours does")
-    kinds = {"settings": dict, "faces": str, "start": str, "history": list, "epoch": int}
-    for name in ("settings", "faces", "start", *content.keys() & {"history", "epoch"}):
-        if not isinstance(content.get(name), kinds[name]):
-            raise ValueError(f"its {name} is missing or strange")
-    for name, value in content["settings"].items():  # what is nested could grow beyond all bounds when printed
-        numbers = value if isinstance(value, tuple) and len(value) < 10 else (value,)
-        if not all(isinstance(x, int | float | str | None) for x in numbers):
-            raise ValueError(f"its setting {name!a} is strange")
-    for network in content.keys() & {"generator", "discriminator", "average"}:
-        _check_weights(network, content[network], size)
-
-
-def _check_weights(network: str, weights: Any, size: int) -> None:
-    """Raises ValueError unless `weights` is a state_dict of plain, finite tensors of no more than `size` bytes."""
-    tensors = list(weights.values()) if isinstance(weights, dict) else [None]
-    for t in tensors:
-        plain = type(t) is Tensor and t.layout == torch.strided and t.device.type == "cpu" and not t.is_nested
-        if not plain or t.dtype not in (torch.float32, torch.int64):
-            raise ValueError(f"its {network} has weights that are no tensors of ours")
-    if not all(isinstance(name, str) for name in weights) or sum(t.nbytes for t in tensors) > size:
-        raise ValueError(f"its {network} claims to be larger than the file")
-    if bad := not_finite(weights):
-        raise ValueError(f"its {network} has weights that are not finite ({', '.join(bad)})")
-
-
-def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors in a network's state_dict that are not finite everywhere."""
-    return [name for name, value in weights.items() if not value.isfinite().all()]
 
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNetGenerator:
@@ -2002,14 +1478,9 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNet
     if "generator" not in content:
         raise ValueError(f"{path}: a checkpoint of this project, but without a generator")
     try:
-        settings = Settings(**content["settings"])
-        with torch.device("meta"):  # takes no memory, whatever width the file claims
-            generator = UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain)
-        shapes = [{n: (t.shape, t.dtype) for n, t in w.items()} for w in (generator.state_dict(), content["generator"])]
-        if shapes[0] != shapes[1]:
-            raise ValueError("its weights do not fit the width and architecture that it claims")
-        generator.load_state_dict(content["generator"], assign=True)
-    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        generator = build_generator(Settings(**content["settings"]))
+        generator.load_state_dict(content["generator"])
+    except (TypeError, RuntimeError) as error:  # settings of another version; weights of another width or architecture
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: damaged, or made by another version of this project ({reason})") from error
     return generator.to(device, memory_format=torch.channels_last).eval()
@@ -2045,84 +1516,26 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
     Longer schedules and the like may differ, and so may the settings named in `ignore`.
     """
     now, then = asdict(run.settings), content["settings"]
-    names = sorted((now.keys() | then.keys()) - _MAY_CHANGE - set(ignore))
+    names = sorted((now.keys() | then.keys()) - MAY_CHANGE - set(ignore))
     differ = [f"{n} was {then.get(n)!r}, is {now.get(n)!r}" for n in names if now.get(n) != then.get(n)]
     if content["faces"] != run.faces:
         differ.append(f"its faces were others (is FACES_DIR right? fingerprint {content['faces']}, now {run.faces})")
-    if run.start and content.get("start") != run.start and not differ:
-        raise ValueError(
-            f"{path} did not start from the pretrained weights that are there now. It is kept as it is; to start again "
-            "from them, move gan_last.pth and face_restoration_*.pth away, or choose another folder with OUTPUT_DIR"
-        )
     if differ:
         raise ValueError(
             f"{path} was made by another run: {'; '.join(differ)}. It is kept as it is. Choose another folder with "
             "OUTPUT_DIR, or go back to those settings and faces, or move all .pth files there away (on Kaggle: detach "
             "them) to start anew"
         )
-
-
-def _load_newest(last: Path) -> tuple[Path, dict]:
-    """`<stage>_last.pth` or, if that is damaged, the checkpoint of the epoch before: which one, and its content."""
-    try:
-        return last, load_checkpoint(last)
-    except ValueError as error:
-        previous = last.with_name(last.name.replace("_last", "_previous"))
-        if not previous.is_file():
-            raise
-        print(f"WARNING: {error}. Going on from {previous.name}, an epoch earlier")
-        return previous, load_checkpoint(previous)
-
-
-def save_training(stage: str, run: Run, parts: Mapping[str, Any], history: list[dict]) -> None:
-    """Saves the state of all `parts` as `<stage>_last.pth`, to go on from; the one before stays as `_previous.pth`."""
-    last, previous = run.outputs / f"{stage}_last.pth", run.outputs / f"{stage}_previous.pth"
-    if last.is_file():
-        previous.unlink(missing_ok=True)
-        try:
-            os.link(last, previous)  # a second name for the same file: at no moment is there none
-        except OSError:  # not every file system has that
-            copy_file(last, previous)
-    save_checkpoint(last, run, history=history, **{name: part.state_dict() for name, part in parts.items()})
-
-
-def begin_stage(
-    stage: str, result: str, files: Sequence[str], run: Run, parts: Mapping[str, Any], ignore: Iterable[str] = ()
-) -> list[dict]:
-    """Lets a stage begin or go on in the outputs; returns its history so far.
-
-    The newest `<stage>_last.pth` is loaded into `parts`, all that has a state. If only something attached holds one (an
-    earlier Kaggle session), that is copied to the outputs, with the file `result` and the patterns `files`. Raises
-    ValueError if another run made what is there.
-    """
-    last = find_artifact(f"{stage}_last.pth", run)
-    if (run.outputs / result).is_file() and not (last and last.parent == run.outputs):
-        check_same_run(run.outputs / result, load_checkpoint(run.outputs / result), run, ignore)
-    if not last:
-        return []
-    newest, content = _load_newest(last)
-    check_same_run(last, content, run, ignore)
-    if last.parent != run.outputs:
-        for path in [p for pattern in (*files, result) for p in sorted(last.parent.glob(pattern))]:
-            copy_file(path, run.outputs / path.name)
-        copy_file(newest, run.outputs / last.name)  # at the end: once it is there, nothing is copied any more
-        print(f"{stage}: going on from what is attached in {last.parent}")
-    elif newest != last:
-        os.replace(newest, last)  # else the next checkpoint would put the damaged one in its place
-    for name, part in parts.items():  # each brings it to its own device
-        part.load_state_dict(content[name])
-    return content["history"]
+    if run.begun_from and content["begun_from"] != run.begun_from:
+        raise ValueError(
+            f"{path} did not start from the pretrained weights that are there now. It is kept as it is; to start again "
+            "from them, move gan_last.pth and face_restoration_*.pth away, or choose another folder with OUTPUT_DIR"
+        )
 
 
 # ======================================================================================================================
-# Pretraining
+# Training
 # ======================================================================================================================
-
-
-ADVICE = (  # for who has losses that are not finite
-    "The checkpoint of the epoch before is kept. Look for damaged images, or lower the learning rate and start anew "
-    "with another OUTPUT_DIR"
-)
 
 
 class Precision:
@@ -2140,54 +1553,152 @@ class Precision:
         elif wanted and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"):
             self.dtype = torch.bfloat16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.before: list[tuple[Tensor, Tensor]] = []  # the buffers of networks, and what they held
 
-    def forward(self) -> torch.autocast:
-        """The context for what a network computes forwards."""
+    def forward(self, network: nn.Module) -> torch.autocast:
+        """The context for what the network computes forwards."""
+        if self.scaler.is_enabled():
+            self.before += [(buffer, buffer.clone()) for buffer in network.buffers()]
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None)
 
-    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    def update(self, optimizer: Optimizer, loss: Tensor) -> None:
         """One step of the optimizer down the gradients of `loss`. Left out if float16's are not finite."""
         optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
-
-    def has_collapsed(self) -> bool:
-        """Whether step after step had to be left out, so that nothing is learned any more."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3
-
-    def state_dict(self) -> dict:
-        """The scaler's state; empty where there is none."""
-        return self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """The way back; nothing where nothing is scaled."""
-        if self.scaler.is_enabled() and state:
-            self.scaler.load_state_dict(state)
+        while self.before:  # if float16 overflowed on the way forwards, batch norm's statistics stay as they were
+            buffer, old = self.before.pop(0)
+            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, old))
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3:  # step after step had to be left out
+            raise FloatingPointError(f"the gradients are not finite. {ADVICE}")
 
 
 class Means:
-    """Means over images of named losses: every batch counts by its size, so a short last batch does not distort them.
+    """Means over images of named losses: every batch counts by its size, so a short last one does not distort them."""
 
-    Sums stay on the device until they are asked for.
-    """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: Counter[str] = Counter()
+    def __init__(self, where: str) -> None:
+        self.where, self.batches, self.sums, self.counts = where, 0, Counter(), Counter()
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
-        """Counts a batch's mean losses for its `images`."""
+        """Counts a batch's mean losses for its `images`. Sums stay on the device, but for a look at every twentieth."""
+        self.batches += 1
         for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + loss.detach().double() * images
+            self.sums[name] = self.sums[name] + loss.detach().double() * images
             self.counts[name] += images
+        if self.batches % 20 == 0:
+            self.result()
 
-    def result(self, where: str) -> dict[str, float]:
-        """The means so far. Raises FloatingPointError, saying `where`, if one is not finite."""
+    def result(self) -> dict[str, float]:
+        """The means so far. Raises FloatingPointError, saying where, if one is not finite."""
         means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
         if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
-            raise FloatingPointError(f"{where}: the loss {', '.join(bad)} is not finite. {ADVICE}")
+            raise FloatingPointError(f"{self.where}: the loss {', '.join(bad)} is not finite. {ADVICE}")
         return means
+
+
+def session_start(places: Places) -> float:
+    """When the session began, in seconds of `time.time`: on Kaggle its machine, elsewhere this process."""
+    return psutil.Process(1 if places.platform == "Kaggle" else None).create_time()
+
+
+class Stage:
+    """What both trainings share: going on where the last run stopped, seeds, the time budget, progress and saving.
+
+    `state` is everything that decides how the training goes on, by name; it is saved as `<name>_last.pth` after every
+    epoch, and the one before stays as `<name>_previous.pth`. An epoch depends on its number and on the state before it
+    only, so a run that was stopped ends with the same bits (on a CPU: CUDA adds up in no fixed order).
+    """
+
+    def __init__(self, name: str, epochs: int, batch: int, train: list[Pair], run: Run, state: dict[str, Any]) -> None:
+        self.name, self.total, self.batch, self.train, self.run, self.state = name, epochs, batch, train, run, state
+        self.per_epoch = len(make_loader(train, batch, run.device, training_order(len(train), run.settings, name, 0)))
+        self.history: list[dict] = []  # a dict for each epoch
+        self.last, self.previous = (run.outputs / f"{name}_{which}.pth" for which in ("last", "previous"))
+
+    def go_on(self, result: Path, ignore: Iterable[str] = ()) -> None:
+        """Loads the newest checkpoint into the state, if there is one; if it is damaged, the one before it.
+
+        One that is only attached (an earlier Kaggle session) is copied to the outputs first, with what lies beside it.
+        Raises ValueError if another run made what is there, the stage's `result` included.
+        """
+        if result.is_file() and not self.last.is_file():
+            check_same_run(result, load_checkpoint(result), self.run, ignore)
+        if not (found := find_artifact(self.last.name, self.run)):
+            return
+        newest, content = self._load_newest(found)
+        check_same_run(found, content, self.run, ignore)
+        if found != self.last:
+            print(f"{self.name}: going on from what is attached in {found.parent}")
+            for path in sorted(found.parent.glob("[!.]*.*")):
+                target = self.run.outputs / path.name
+                if path.suffix in (".pth", ".png", ".json") and target != self.last and not target.exists():
+                    copy_file(path, target)
+            copy_file(newest, self.last)  # at the end: once it is there, nothing is copied any more
+        elif newest != found:
+            os.replace(newest, found)  # else the next checkpoint would put the damaged one in its place
+        for name, holder in self.state.items():  # each brings it to its own device
+            if content[name]:  # a scaler's state is empty on a device that needs none
+                holder.load_state_dict(content[name])
+        self.history = content["history"]
+        print(f"{self.name}: {len(self.history)} of {counted(self.total, 'epoch')} already done")
+        write_json(self.run.outputs / f"{self.name}_history.json", self.history)  # killed just before it was written?
+
+    def _load_newest(self, found: Path) -> tuple[Path, dict]:
+        """The checkpoint that was found or, if it is damaged, that of the epoch before: which one, and its content."""
+        try:
+            return found, load_checkpoint(found)
+        except ValueError as error:
+            if not (previous := found.with_name(self.previous.name)).is_file():
+                raise
+            print(f"WARNING: {error}. Going on from {previous.name}, an epoch earlier")
+            return previous, load_checkpoint(previous)
+
+    def epochs(self) -> Iterator[int]:
+        """The numbers of the epochs that are left, as far as the time budget goes, each with its own random state."""
+        budget = self.run.settings.time_budget
+        if budget is None:
+            budget = 11.0 if self.run.places.platform == "Kaggle" else math.inf
+        done = len(self.history)
+        with progress(self.name, self.total * self.per_epoch, "batch", done * self.per_epoch) as self.bar:
+            for epoch in range(done + 1, self.total + 1):
+                self.epoch = epoch
+                left = 3600 * budget - (time.time() - session_start(self.run.places))
+                if self.history and left < self.history[-1]["seconds"]:
+                    print(
+                        f"{self.name}: stopped after epoch {self.epoch - 1} of {self.total}, since another would not "
+                        f"end within {budget:g} hours. Run this again to go on (on Kaggle, attach this output)"
+                    )
+                    return
+                self.started = time.perf_counter()
+                torch.manual_seed(derive_seed(self.run.settings.seed, self.name, self.epoch))
+                yield self.epoch
+                if self.epoch == done + 1 < self.total:
+                    seconds = (self.total - epoch) * self.history[-1]["seconds"]
+                    end = time.strftime("%H:%M", time.localtime(time.time() + seconds))
+                    print(f"{self.name}: about {counted(math.ceil(seconds / 60), 'more minute')}, until {end}")
+
+    def batches(self) -> Iterator[tuple]:
+        """The batches of this epoch, in its own order."""
+        order = training_order(len(self.train), self.run.settings, self.name, self.epoch)
+        for batch in make_loader(self.train, self.batch, self.run.device, order):
+            yield batch
+            self.bar.update()
+
+    def save(self, row: Mapping[str, float]) -> None:
+        """Ends the epoch: its row goes into the history, everything is saved, and a line is printed."""
+        self.history.append({"epoch": self.epoch, **row, "seconds": time.perf_counter() - self.started})
+        if self.last.is_file():
+            self.previous.unlink(missing_ok=True)
+            try:
+                os.link(self.last, self.previous)  # a second name for the same file: at no moment is there none
+            except OSError:  # not every file system has that
+                copy_file(self.last, self.previous)
+        state = {name: holder.state_dict() for name, holder in self.state.items()}
+        save_checkpoint(self.last, self.run, history=self.history, **state)
+        write_json(self.run.outputs / f"{self.name}_history.json", self.history)
+        values = "  ".join(f"{name} {value:.3g}" for name, value in row.items())
+        print(f"epoch {self.epoch:2d}/{self.total}  {values}  {self.history[-1]['seconds']:.0f} s")
 
 
 @contextlib.contextmanager
@@ -2211,9 +1722,15 @@ def average_of(network: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the weights and batch-norm statistics of `network`, with PyTorch's own class.
 
     Under a constant learning rate the last step's weights jitter; their average over the last 1 / (1 - decay) steps
-    restores as well as weights after a decayed learning rate. Decay 0 is the network itself.
+    restores as well as weights after a decayed learning rate. Over the first steps it reaches back less far, or a short
+    training would save weights that were never trained. Decay 0 is the network itself.
     """
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def update(averages: list[Tensor], values: list[Tensor], updates: Tensor) -> None:
+        warm = (1 + updates.item()) / (10 + updates.item())
+        get_ema_multi_avg_fn(min(decay, warm))(averages, values, updates)
+
+    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
 
 
 def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -2230,221 +1747,119 @@ def image_losses(restored: Tensor, original: Tensor) -> dict[str, Tensor]:
     return {"l1": F.l1_loss(restored, original), "mse": F.mse_loss(restored, original)}
 
 
+def validation_losses(generator: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
+    """L1 and MSE over a validation set: means over its images, in eval mode."""
+    means = Means("validation")
+    with evaluating(generator):
+        for batch in loader:
+            degraded, original, _ = to_device(batch, device)
+            means.add(image_losses(generator(degraded), original), len(degraded))
+    return means.result()
+
+
 def sample_batch(pairs: Sequence[Pair], run: Run) -> tuple[Tensor, Tensor]:
     """Degraded and original of the first few validation faces in all kinds, the same in every epoch and notebook."""
-    require_pairs(pairs)
     names = list(dict.fromkeys(pair.name for pair in pairs))[: run.settings.sample_faces]
-    dataset = FaceRestorationGANDataset([pair for pair in pairs if pair.name in names], run.settings)
-    degraded, original, _ = zip(*dataset)
-    return torch.stack(degraded).to(run.device), torch.stack(original).to(run.device)
+    chosen = [pair for pair in pairs if pair.name in names]
+    degraded, original, _ = next(iter(make_loader(chosen, len(chosen) or 1, run.device)))
+    return degraded.to(run.device), original.to(run.device)
 
 
 def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Path) -> None:
     """Writes a grid of sample images: degraded above restored above original, a column each, in their own range."""
     degraded, original = samples
     with evaluating(generator):
-        rows = torch.stack([degraded, generator(degraded), original])  # (3, N, 3, H, W)
-    pixels = to_pixels(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]).cpu()
-    grid = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (3 H, N W, 3)
-    write_image(path, np.ascontiguousarray(grid.numpy()[..., ::-1]))
+        rows = torch.cat([degraded, generator(degraded), original])
+    with atomic(path) as temporary:
+        save_image(rows, temporary, nrow=len(degraded), padding=0, normalize=True, value_range=(-1, 1))
 
 
-def make_loaders(
-    stage: str, batch: int, train: Sequence[Pair], validation: Sequence[Pair], run: Run
-) -> tuple[DataLoader, DataLoader]:
-    """A stage's loaders, for training and validation, with all images in memory if they fit."""
-    kept = keep_images((*train, *validation), run.settings)
-    loader = make_loader(train, batch, run.settings, run.device, stage, kept)
-    return loader, make_loader(validation, batch, run.settings, run.device, kept=kept)
+# ======================================================================================================================
+# Pretraining
+# ======================================================================================================================
 
 
-def parts_loss(restoration: Restoration, original: Tensor, hole: Tensor) -> Tensor:
-    """Teaches the parts of the output layer their tasks, each on its own: mend colours, find holes, fill them.
+def heads_loss(restoration: Restoration, original: Tensor, hole: Tensor) -> Tensor:
+    """Teaches the heads of the output layer their tasks, each on its own: mend colours, find holes, fill them.
 
-    L1 of the recoloured image outside the holes, cross-entropy of the detected against the true holes, and L1 of the
-    fill inside the true ones, times 10 since they are few. A hole's outermost pixels are mixtures with the photograph
-    and no use to anyone: whatever is touched, and one pixel more, counts as hole.
+    L1 of the recoloured image outside the holes, cross-entropy of the detected against the true holes, and L1 of what
+    is painted into the true ones, times 10 since they are few. A hole's outermost pixels are mixtures with the
+    photograph and no use to anyone: whatever is touched, and one pixel more, counts as hole.
 
     Through the blended output alone, the painter would learn only by way of a detector that is not yet sure, and the
     colours by way of a Tanh that has corrected them already.
     """
-    around = F.conv2d((hole > 0).float(), hole.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
-    hole = (around > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
+    touched = F.conv2d((hole > 0).float(), hole.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
+    hole = (touched > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
     recolor = ((1 - hole) * (restoration.recolored - original).abs()).mean()
-    fill = (hole * (restoration.fill - original).abs()).mean()
-    return recolor + F.binary_cross_entropy_with_logits(restoration.hole, hole) + 10 * fill
-
-
-def train_epochs(
-    stage: str,
-    epochs: int,
-    run: Run,
-    parts: Mapping[str, Any],
-    loaders: Callable[[], tuple[DataLoader, DataLoader]],
-    history: list[dict],
-    step: Callable[[tuple, int, int], dict[str, Tensor]],
-    finish: Callable[[list[dict], DataLoader], None],
-    stop: Callable[[list[dict]], bool] = lambda history: False,
-) -> None:
-    """The loop around both trainings: trains epoch by epoch, logs, and saves `<stage>_last.pth` after each.
-
-    `parts` and `history` are those of `begin_stage`, `loaders` makes those for training and validation, if there is
-    something to do; `step(batch, epoch, number)` makes one update and returns its losses; `finish` gets the history
-    (one dict per epoch, the newest last) and the validation loader, adds validation to it and saves what the stage
-    saves. An epoch depends on its number and on the state before it only, so a resumed run ends with the same
-    bits (on a CPU: CUDA adds up in no fixed order).
-
-    Raises FloatingPointError if a loss or, at the end of an epoch, a weight is not finite.
-    """
-    if history:
-        print(f"{stage}: {len(history)} of {epochs} epochs were already done")
-        write_json(run.outputs / f"{stage}_history.json", history)  # killed just before it was written?
-    first, begun, budget = len(history) + 1, time.perf_counter(), hours_allowed(run)
-    if first > epochs or stop(history):
-        return
-    loader, validation_loader = loaders()
-    with progress(stage, epochs * len(loader), "batch", (first - 1) * len(loader)) as bar:
-        for epoch in range(first, epochs + 1):
-            if stop(history):
-                print(f"{stage}: stopped early, no better validation loss for {run.settings.patience} epochs")
-                break
-            if epoch > first and time.perf_counter() - begun + history[-1]["seconds"] > 3600 * budget:
-                print(f"{stage}: stopped after epoch {epoch - 1} of {epochs}, since another would not end within "
-                      f"{budget:g} hours. Run this again to go on (on Kaggle, attach this output)")  # fmt: skip
-                break
-            started, where = time.perf_counter(), f"{stage}, epoch {epoch}"
-            torch.manual_seed(derive_seed(run.settings.seed, stage, epoch))
-            loader.sampler.epoch = epoch
-            batches = len(loader) + len(validation_loader) / 3  # a batch to validate takes a third of one to learn from
-            batches *= epochs - epoch + 1 if epoch == first else 0
-            history.append({"epoch": epoch, **_train_epoch(loader, step, epoch, where, bar, batches)})
-            if bad := [n for n, p in parts.items() if isinstance(p, Precision) and p.has_collapsed()]:
-                raise FloatingPointError(f"{where}: the gradients ({', '.join(bad)}) are not finite. {ADVICE}")
-            if bad := [n for n, p in parts.items() if isinstance(p, nn.Module) and not_finite(p.state_dict())]:
-                raise FloatingPointError(f"{where}: weights of the {', '.join(bad)} are not finite. {ADVICE}")
-            finish(history, validation_loader)
-            history[-1]["seconds"] = time.perf_counter() - started
-            save_training(stage, run, parts, history)
-            write_json(run.outputs / f"{stage}_history.json", history)
-            print(_epoch_line(history[-1], epochs))
-
-
-def hours_allowed(run: Run) -> float:
-    """How many hours a training may take from its own start."""
-    if run.settings.time_budget is not None:
-        return run.settings.time_budget
-    return 11.0 if run.places.platform == "Kaggle" else math.inf
-
-
-def _train_epoch(
-    loader: DataLoader, step: Callable, epoch: int, where: str, bar: Any, batches: float
-) -> dict[str, float]:
-    """The mean losses of an epoch's steps. After twenty of them it says when `batches` are done, if that is not 0."""
-    means, started, few = Means(), 0.0, min(20, len(loader))
-    for number, batch in enumerate(loader, 1):
-        means.add(step(batch, epoch, number - 1), len(batch[0]))
-        bar.update()
-        if number == 1:  # the first takes longer than any other
-            started = time.perf_counter()
-        if number % 20 == 0 or number == few:
-            means.result(where)  # also waits for the GPU
-        if batches and number == few > 1:
-            left = (batches - few) * (time.perf_counter() - started) / (few - 1)
-            end = time.strftime("%H:%M", time.localtime(time.time() + left))
-            print(f"{where}: about {left / 60:.0f} more minutes for all epochs, until {end}")
-    return means.result(where)
-
-
-def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
-    """One tidy line for the log: every value of the epoch by its name."""
-    values = [f"{name} {value:.3g}" for name, value in row.items() if name not in ("epoch", "seconds")]
-    return f"epoch {row['epoch']:2d}/{epochs}  " + "  ".join(values) + f"  {row['seconds']:.0f} s"
+    repaint = (hole * (restoration.repainted - original).abs()).mean()
+    return recolor + F.binary_cross_entropy_with_logits(restoration.hole, hole) + 10 * repaint
 
 
 def pretrain_step(
-    generator: UNetGenerator, optimizer: torch.optim.Optimizer, batch: tuple, run: Run, precision: Precision
+    generator: UNetGenerator, optimizer: Optimizer, batch: tuple, run: Run, precision: Precision
 ) -> dict[str, Tensor]:
-    """One update of the generator on L1 + 0.1 MSE + `parts_weight` x `parts_loss`; returns them one by one."""
+    """One update of the generator on L1 + 0.1 MSE + `heads_weight` x `heads_loss`; returns them one by one."""
     degraded, original, hole = to_device(batch, run.device)
-    with precision.forward():
+    with precision.forward(generator):
         restoration = generator.restore(degraded)
     losses = image_losses(restoration.restored, original)
     loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
-    if run.settings.parts_weight:
-        losses["parts"] = parts_loss(restoration, original, hole)
-        loss = loss + run.settings.parts_weight * losses["parts"]
+    if run.settings.heads_weight and restoration.hole is not None:
+        losses["heads"] = heads_loss(restoration, original, hole)
+        loss = loss + run.settings.heads_weight * losses["heads"]
     precision.update(optimizer, loss)  # zero_grad(), backward(), step()
     return losses
-
-
-def validation_losses(generator: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """L1 and MSE over a validation set: means over its images, in eval mode."""
-    means = Means()
-    with evaluating(generator):
-        for batch in loader:
-            degraded, original, _ = to_device(batch, device)
-            means.add(image_losses(generator(degraded), original), len(degraded))
-    return means.result("validation")
-
-
-def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: list[Pair], run: Run) -> list[dict]:
-    """Pretrains on L1 + 0.1 MSE with Adam and StepLR, stops early, and leaves the best weights in `generator`.
-
-    Unless `parts_weight` is zero, `parts_loss` is minimised too; `loss` and `val_loss` in the history are without it.
-
-    Writes pretrained_generator_best.pth, pretrain_last.pth (to go on from), pretrain_history.json and
-    pretrain_sample_epoch_*.png. Returns the history, one dict per epoch. Started again it goes on where it stopped, and
-    a finished run only reloads. Raises ValueError if other settings or faces made what is there, FloatingPointError if
-    a loss is not finite.
-    """
-    s, best = run.settings, run.outputs / "pretrained_generator_best.pth"
-    generator.to(run.device, memory_format=torch.channels_last)
-    optimizer = adam(generator, s.pretrain_lr)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, s.pretrain_lr_step, s.lr_gamma)
-    precision = Precision(run.device, s.mixed_precision)
-    average = average_of(generator, s.ema)
-    samples = sample_batch(validation, run)
-
-    def step(batch: tuple, epoch: int, number: int) -> dict[str, Tensor]:
-        """One update, and the average follows."""
-        losses = pretrain_step(generator, optimizer, batch, run, precision)
-        average.update_parameters(generator)
-        return losses
-
-    def finish(history: list[dict], validation_loader: DataLoader) -> None:
-        """Validation, schedules, and what is saved after an epoch."""
-        row = history[-1]
-        row["loss"] = row.pop("l1") + s.mse_weight * row.pop("mse")
-        losses = validation_losses(average.module, validation_loader, run.device)
-        row |= {"val_loss": losses["l1"] + s.mse_weight * losses["mse"], "val_l1": losses["l1"]}
-        row["lr"] = scheduler.get_last_lr()[0]
-        scheduler.step()
-        if best_epoch(history) == row["epoch"]:
-            save_checkpoint(best, run, epoch=row["epoch"], generator=average.module.state_dict())
-        if row["epoch"] % s.sample_every == 0:
-            save_samples(average.module, samples, run.outputs / f"pretrain_sample_epoch_{row['epoch']}.png")
-
-    def stop(history: list[dict]) -> bool:
-        """Early stopping."""
-        return len(history) - best_epoch(history) >= s.patience
-
-    parts = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    parts |= {"precision": precision}
-    files = ("pretrain_history.json", "pretrain_sample_epoch_*.png")
-    with alone_in(run.outputs, run.places.degraded):
-        history = begin_stage("pretrain", best.name, files, run, parts, _GAN_ONLY)
-        if history and not best.is_file():
-            raise FileNotFoundError(f"{best} is gone, but pretrain_last.pth is not: move it away, too, to train again")
-        require_unchanged(train + validation, s)
-        loaders = functools.partial(make_loaders, "pretrain", s.pretrain_batch, train, validation, run)
-        train_epochs("pretrain", s.pretrain_epochs, run, parts, loaders, history, step, finish, stop)
-        generator.load_state_dict(load_checkpoint(best)["generator"])
-    return history
 
 
 def best_epoch(history: Sequence[Mapping]) -> int:
     """The epoch with the lowest validation loss, the first of equals; 0 for an empty history."""
     return min(history, key=lambda row: row["val_loss"])["epoch"] if history else 0
+
+
+def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: list[Pair], run: Run) -> list[dict]:
+    """Pretrains on L1 + 0.1 MSE with Adam and StepLR, stops early, and leaves the best weights in `generator`.
+
+    Writes pretrained_generator_best.pth, pretrain_last.pth (to go on from), pretrain_history.json and
+    pretrain_sample_epoch_*.png. Returns the history, a dict for each epoch. Started again it goes on where it stopped,
+    and a finished run only reloads. Raises ValueError if other settings or faces made what is there, FloatingPointError
+    if a loss is not finite.
+    """
+    s, best = run.settings, run.outputs / "pretrained_generator_best.pth"
+    generator.to(run.device, memory_format=torch.channels_last)
+    validation_loader, samples = make_loader(validation, s.pretrain_batch, run.device), sample_batch(validation, run)
+    optimizer, precision = adam(generator, s.pretrain_lr), Precision(run.device, s.mixed_precision)
+    scheduler = StepLR(optimizer, s.pretrain_lr_step, s.lr_gamma)
+    average = average_of(generator, s.ema)  # what is validated and saved
+    state = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+    state["scaler"] = precision.scaler
+
+    with alone_in(run.outputs):
+        stage = Stage("pretrain", s.pretrain_epochs, s.pretrain_batch, train, run, state)
+        stage.go_on(best, GAN_ONLY)
+        for epoch in stage.epochs():
+            if epoch - 1 - best_epoch(stage.history) >= s.patience:
+                print(f"pretrain: stopped early, no better validation loss for {counted(s.patience, 'epoch')}")
+                break
+            means = Means(f"pretrain, epoch {epoch}")
+            for batch in stage.batches():
+                losses = pretrain_step(generator, optimizer, batch, run, precision)
+                average.update_parameters(generator)
+                means.add(losses, len(batch[0]))
+            row, val = means.result(), validation_losses(average.module, validation_loader, run.device)
+            row["loss"] = row.pop("l1") + s.mse_weight * row.pop("mse")
+            row |= {"val_loss": val["l1"] + s.mse_weight * val["mse"], "val_l1": val["l1"]}
+            row["lr"] = scheduler.get_last_lr()[0]
+            scheduler.step()
+            if best_epoch([*stage.history, {**row, "epoch": epoch}]) == epoch:
+                save_checkpoint(best, run, epoch=epoch, generator=average.module.state_dict())
+            if epoch % s.sample_every == 0:
+                save_samples(average.module, samples, run.outputs / f"pretrain_sample_epoch_{epoch}.png")
+            stage.save(row)
+        if not best.is_file():
+            raise FileNotFoundError(f"{best} is gone, but pretrain_last.pth is not: move it away, too, to train again")
+        generator.load_state_dict(load_checkpoint(best)["generator"])
+    return stage.history
 
 
 # ======================================================================================================================
@@ -2460,22 +1875,19 @@ def shifted(images: Sequence[Tensor], limit: int, rng: np.random.Generator) -> l
     overfitting.) Rolling leaves a seam where opposite borders meet, in real and fake pairs alike.
     """
     down, right = rng.integers(limit, size=2).tolist() if limit else (0, 0)
-    return [image.roll((down, right), (2, 3)) for image in images]
+    return [image.roll((down, right), (2, 3)).contiguous(memory_format=torch.channels_last) for image in images]
 
 
 def discriminator_step(
-    discriminator: PatchGANDiscriminator,
-    optimizer: torch.optim.Optimizer,
-    degraded: Tensor,
-    restored: Tensor,
-    original: Tensor,
-    precision: Precision,
+    discriminator: PatchGANDiscriminator, optimizer: Optimizer, images: Sequence[Tensor], precision: Precision
 ) -> dict[str, Tensor]:
     """One update of the discriminator: real pairs towards 1, fake pairs towards 0, squared errors (Mao et al. 2017).
 
-    `restored` is detached: this step must not reach the generator, which would be pushed towards being found out.
+    `images` are degraded, restored and original. Restored is detached: this step must not reach the generator, which
+    would be pushed towards being found out.
     """
-    with precision.forward():
+    degraded, restored, original = images
+    with precision.forward(discriminator):
         real = discriminator(degraded, original)
         fake = discriminator(degraded, restored.detach())
     losses = {"d_real": F.mse_loss(real, torch.ones_like(real)), "d_fake": F.mse_loss(fake, torch.zeros_like(fake))}
@@ -2484,31 +1896,47 @@ def discriminator_step(
 
 
 def generator_step(
-    discriminator: PatchGANDiscriminator,
-    optimizer: torch.optim.Optimizer,
-    degraded: Tensor,
-    restored: Tensor,
-    original: Tensor,
-    settings: Settings,
-    precision: Precision,
+    discriminator: nn.Module, optimizer: Optimizer, images: Sequence[Tensor], l1_weight: float, precision: Precision
 ) -> dict[str, Tensor]:
-    """One update of the generator, whose output `restored` is: fool the discriminator, and 100 x L1.
+    """One update of the generator, whose output is the second of the `images`: fool the discriminator, and 100 x L1.
 
     Gradients flow through the discriminator to the generator, but the discriminator itself, its batch-norm statistics
     included, stays as it is.
     """
+    degraded, restored, original = images
     frozen = {name: value.detach() for name, value in discriminator.named_parameters()}
     frozen |= {name: value.clone() for name, value in discriminator.named_buffers()}
-    with precision.forward():
+    with precision.forward(discriminator):
         score = torch.func.functional_call(discriminator, frozen, (degraded, restored))
     losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restored, original)}
-    precision.update(optimizer, losses["g_adv"] + settings.l1_weight * losses["g_l1"])
+    precision.update(optimizer, losses["g_adv"] + l1_weight * losses["g_l1"])
     return losses
 
 
 def trains_generator(epoch: int, number: int, settings: Settings) -> bool:
     """Whether batch `number` (from 0) of `epoch` (from 1) trains the generator: later on only every second one does."""
     return epoch <= settings.every_second_batch_after or number % 2 == 0
+
+
+def load_pretrained(generator: UNetGenerator, run: Run) -> str:
+    """Loads the pretraining's best weights into `generator` if they are there and says so either way.
+
+    Attached ones are copied to the outputs, which then hold all that is needed to go on. Returns the fingerprint of the
+    weights it leaves in `generator`.
+    """
+    name = "pretrained_generator_best.pth"
+    if path := find_artifact(name, run):
+        content = load_checkpoint(path)
+        check_same_run(path, content, run, GAN_ONLY)
+        if path.parent != run.outputs:
+            copy_file(path, run.outputs / name)
+        generator.load_state_dict(content["generator"])
+        print(f"The generator starts from {path.name}, epoch {content['epoch']} of the pretraining")
+    else:
+        print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH, without the lessons that its "
+              "heads get in pretraining: expect holes to stay. If this is not meant, stop and run notebook 04 first; "
+              "afterwards this run cannot go on from its weights")  # fmt: skip
+    return weights_id(generator.state_dict())
 
 
 def train_gan(
@@ -2519,121 +1947,84 @@ def train_gan(
     Starts from pretrained_generator_best.pth if it is there, and says loudly when it is not. Writes
     face_restoration_gan_checkpoint_epoch_*.pth, face_restoration_generator_final.pth,
     face_restoration_discriminator_final.pth, gan_last.pth (to go on from), gan_history.json and gan_sample_epoch_*.png.
-    Returns the history, one dict per epoch. Resumes, and raises, as `pretrain_generator`.
+    Returns the history, a dict for each epoch. Resumes, and raises, as `pretrain_generator`.
     """
-    with alone_in(run.outputs, run.places.degraded):  # the pretrained weights must stay what they are, too
-        return _train_gan(generator, discriminator, train, validation, run)
+    with alone_in(run.outputs):  # the pretrained weights must stay what they are, too
+        run = run._replace(begun_from=load_pretrained(generator, run))
+        history, average = _train_gan(generator, discriminator, train, validation, run)
+        generator.load_state_dict(average.state_dict())
+        for name, network in {"generator": generator, "discriminator": discriminator}.items():
+            weights = {name: network.state_dict(), "epoch": len(history)}
+            save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
+    return history
 
 
 def _train_gan(
     generator: UNetGenerator, discriminator: PatchGANDiscriminator, train: list[Pair], validation: list[Pair], run: Run
-) -> list[dict]:
-    """`train_gan`, once nobody else is at work."""
-    s, final = run.settings, run.outputs / "face_restoration_generator_final.pth"
-    run = run._replace(start=load_pretrained(generator, run))
+) -> tuple[list[dict], nn.Module]:
+    """The training itself: returns its history and the generator with averaged weights."""
+    s = run.settings
     generator.to(run.device, memory_format=torch.channels_last)
     discriminator.to(run.device, memory_format=torch.channels_last)
+    validation_loader, samples = make_loader(validation, s.gan_batch, run.device), sample_batch(validation, run)
     optimizer_g = adam(generator, s.generator_lr, s.gan_betas)
     optimizer_d = adam(discriminator, s.discriminator_lr, s.gan_betas)
-    schedulers = [torch.optim.lr_scheduler.StepLR(o, s.gan_lr_step, s.lr_gamma) for o in (optimizer_g, optimizer_d)]
-    precision_g, precision_d = (Precision(run.device, s.mixed_precision) for _ in range(2))
-    average = average_of(generator, s.ema)
-    samples = sample_batch(validation, run)
+    scheduler_g = StepLR(optimizer_g, s.gan_lr_step, s.lr_gamma)
+    scheduler_d = StepLR(optimizer_d, s.gan_lr_step, s.lr_gamma)
+    precision_g, precision_d = Precision(run.device, s.mixed_precision), Precision(run.device, s.mixed_precision)
+    average = average_of(generator, s.ema)  # what is validated and saved
+    state = {"generator": generator, "optimizer_g": optimizer_g, "scheduler_g": scheduler_g, "average": average}
+    state |= {"discriminator": discriminator, "optimizer_d": optimizer_d, "scheduler_d": scheduler_d}
+    state |= {"scaler_g": precision_g.scaler, "scaler_d": precision_d.scaler}
+    stage = Stage("gan", s.gan_epochs, s.gan_batch, train, run, state)
+    stage.go_on(run.outputs / "face_restoration_generator_final.pth")
 
-    def step(batch: tuple, epoch: int, number: int) -> dict[str, Tensor]:
-        """One update, and the average follows."""
-        degraded, original, _ = to_device(batch, run.device)
-        train_g = trains_generator(epoch, number, s)
-        with torch.set_grad_enabled(train_g), precision_g.forward():
-            restored = generator(degraded)
-        rng = np.random.default_rng(derive_seed(s.seed, "shift", epoch, number))
-        degraded, restored, original = shifted((degraded, restored, original), s.shift, rng)
-        losses = discriminator_step(discriminator, optimizer_d, degraded, restored, original, precision_d)
-        if train_g:
-            losses |= generator_step(discriminator, optimizer_g, degraded, restored, original, s, precision_g)
-            average.update_parameters(generator)
-        return losses
-
-    def finish(history: list[dict], validation_loader: DataLoader) -> None:
-        """Validation, schedules, and what is saved after an epoch."""
-        row, epoch = history[-1], history[-1]["epoch"]
+    for epoch in stage.epochs():
+        means = Means(f"gan, epoch {epoch}")
+        for number, batch in enumerate(stage.batches()):
+            degraded, original, _ = to_device(batch, run.device)
+            train_g = trains_generator(epoch, number, s)
+            with torch.set_grad_enabled(train_g), precision_g.forward(generator):
+                restored = generator(degraded)
+            rng = np.random.default_rng(derive_seed(s.seed, "shift", epoch, number))
+            images = shifted((degraded, restored, original), s.shift, rng)
+            losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
+            if train_g:
+                losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g)
+                average.update_parameters(generator)
+            means.add(losses, len(degraded))
+        row = means.result()
         row["val_l1"] = validation_losses(average.module, validation_loader, run.device)["l1"]
-        row["lr_g"], row["lr_d"] = (scheduler.get_last_lr()[0] for scheduler in schedulers)
-        for scheduler in schedulers:
-            scheduler.step()
+        row |= {"lr_g": scheduler_g.get_last_lr()[0], "lr_d": scheduler_d.get_last_lr()[0]}
+        scheduler_g.step()
+        scheduler_d.step()
         if epoch % s.checkpoint_every == 0:
             weights = {"generator": average.module.state_dict(), "discriminator": discriminator.state_dict()}
             save_checkpoint(run.outputs / f"face_restoration_gan_checkpoint_epoch_{epoch}.pth", run, **weights)
         if epoch % s.sample_every == 0:
             save_samples(average.module, samples, run.outputs / f"gan_sample_epoch_{epoch}.png")
-
-    parts = {"generator": generator, "discriminator": discriminator, "average": average}
-    parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    parts |= {"scheduler_g": schedulers[0], "scheduler_d": schedulers[1]}
-    parts |= {"precision_g": precision_g, "precision_d": precision_d}
-    files = ("face_restoration_*.pth", "gan_history.json", "gan_sample_epoch_*.png")
-    history = begin_stage("gan", final.name, files, run, parts)
-    require_unchanged(train + validation, s)
-    loaders = functools.partial(make_loaders, "gan", s.gan_batch, train, validation, run)
-    train_epochs("gan", s.gan_epochs, run, parts, loaders, history, step, finish)
-    generator.load_state_dict(average.module.state_dict())
-    for name, network in {"generator": generator, "discriminator": discriminator}.items():
-        weights = {name: network.state_dict(), "epoch": len(history)}
-        save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
-    return history
-
-
-def load_pretrained(generator: UNetGenerator, run: Run) -> str:
-    """Loads the pretraining's best weights into `generator` if they are there and says so either way.
-
-    Attached ones are copied to the outputs, which then hold all that is needed to go on. Returns the fingerprint of the
-    weights it leaves in `generator`.
-    """
-    name = "pretrained_generator_best.pth"
-    path = find_artifact(name, run)
-    if path is None:
-        print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH, without the lessons that its "
-              "parts get in pretraining: expect holes to stay. If this is not meant, stop and run notebook 04 first; "
-              "afterwards this run cannot go on from its weights")  # fmt: skip
-        return weights_id(generator.state_dict())
-    content = load_checkpoint(path)
-    check_same_run(path, content, run, _GAN_ONLY)
-    if path.parent != run.outputs:
-        copy_file(path, run.outputs / name)
-    generator.load_state_dict(content["generator"])
-    print(f"The generator starts from {path.name}, epoch {content['epoch']} of the pretraining")
-    return weights_id(generator.state_dict())
+        stage.save(row)
+    return stage.history, average.module
 
 
 # ======================================================================================================================
-# Evaluation and restoration
+# Restoration
 # ======================================================================================================================
 
 
 def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
     """PSNR in dB, SSIM and L1 (in levels of 255) of every image, (N,) each, on clipped and rounded 8-bit RGB values.
 
-    PSNR and SSIM (Wang et al. 2004) are torchmetrics'. Identical images have an infinite PSNR.
+    SSIM is scikit-image's with the settings of Wang et al. 2004. Identical images have an infinite PSNR.
     """
-    from torchmetrics.functional import image as metrics
+    from skimage.metrics import structural_similarity
 
-    x, y = to_pixels(images).double(), to_pixels(originals).double()
-    psnr = metrics.peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
-    ssim = metrics.structural_similarity_index_measure(x.float(), y.float(), data_range=255.0, reduction="none")
-    return {"psnr": psnr.view(-1), "ssim": ssim.view(-1).double(), "l1": (x - y).abs().mean((1, 2, 3))}
-
-
-def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000) -> tuple[float, float, float]:
-    """Mean and the bounds of its 95 % bootstrap interval (Efron 1979, percentiles of resampled means).
-
-    Without bounds (minus and plus infinity) if there is only one value, which says nothing about how much they vary.
-    """
-    values = np.asarray(values, dtype=float)
-    if len(values) == 1:
-        return float(values[0]), -math.inf, math.inf
-    means = values[np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    x, y = to_pixels(images).cpu(), to_pixels(originals).cpu()
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    ssim = [structural_similarity(a, b, channel_axis=0, **wang) for a, b in zip(x.numpy(), y.numpy())]
+    error = x.double() - y.double()
+    psnr = 10 * torch.log10(255**2 / error.square().mean((1, 2, 3)))
+    return {"psnr": psnr, "ssim": torch.tensor(ssim).double(), "l1": error.abs().mean((1, 2, 3))}
 
 
 def restore_pixels(photo: np.ndarray, generator: UNetGenerator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -2643,19 +2034,20 @@ def restore_pixels(photo: np.ndarray, generator: UNetGenerator) -> tuple[np.ndar
     The longer side becomes 256 px; the rest of the network's square is filled by reflection and cut off again, so the
     aspect is kept. `photo` is uint8 BGR (H, W, 3).
     """
-    size, (height, width) = Settings.image_size, photo.shape[:2]
+    (height, width), size = photo.shape[:2], IMAGE_SIZE
     scale = size / max(height, width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     rgb = to_pil(photo).resize((w, h), Image.Resampling.BILINEAR)
     square = cv2.copyMakeBorder(np.asarray(rgb), 0, size - h, 0, size - w, cv2.BORDER_REFLECT)
     device = next(generator.parameters()).device
-    image = image_transform(size)(Image.fromarray(square)).unsqueeze(0)
+    image = image_transform()(Image.fromarray(square)).unsqueeze(0)
     with evaluating(generator):
         restoration = generator.restore(image.to(device, memory_format=torch.channels_last))
     restored = (restoration.restored[0].permute(1, 2, 0).cpu().numpy() + 1) * 127.5
     hole = np.zeros((size, size, 1), np.float32)
     if restoration.hole is not None:
-        hole = restoration.hole[0].sigmoid().permute(1, 2, 0).cpu().numpy()
+        hole = F.max_pool2d(restoration.hole, 3, 1, 1)[0]  # wider by a pixel: the edge of a hole is no detail to keep
+        hole = hole.sigmoid().permute(1, 2, 0).cpu().numpy()
     return np.asarray(rgb, dtype=np.float32), restored[:h, :w], hole[:h, :w]
 
 
@@ -2681,7 +2073,7 @@ def restore_image_gan(
     small, restored, hole = restore_pixels(photo, generator)
     if not network_size:  # in place: a large photo's floats take much memory
         size = photo.shape[1::-1]
-        how = cv2.INTER_AREA if max(size) < Settings.image_size else cv2.INTER_LINEAR
+        how = cv2.INTER_AREA if max(size) < IMAGE_SIZE else cv2.INTER_LINEAR
         detail, restored, hole = (cv2.resize(image, size, interpolation=how) for image in (small, restored, hole))
         np.subtract(photo[..., ::-1], detail, out=detail)
         detail *= np.clip(2 - 2 * hole, 0, 1)[..., None]  # being unsure is not enough to lose detail
@@ -2713,6 +2105,15 @@ def show_images(columns: Sequence[Sequence], rows: Sequence[str], captions: Sequ
     return figure
 
 
+def show_samples(samples: Mapping[str, Path]) -> plt.Figure:
+    """The faces to follow, from files of `save_samples` by label: degraded, restored in each of them, original."""
+    grids = [np.asarray(open_image(path)) for path in samples.values()]
+    strips = [grids[0][:IMAGE_SIZE], *(grid[IMAGE_SIZE:-IMAGE_SIZE] for grid in grids), grids[0][-IMAGE_SIZE:]]
+    width = min(strip.shape[1] for strip in strips)
+    columns = [[strip[:, x : x + IMAGE_SIZE] for strip in strips] for x in range(0, width, IMAGE_SIZE)]
+    return show_images(columns, ["degraded", *samples, "original"])
+
+
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Saves a figure atomically at 110 dpi."""
     with atomic(path) as temporary:
@@ -2736,9 +2137,9 @@ def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, s
 
 
 def plot_pretrain_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
-    """The pretraining's L1 + 0.1 MSE, in training and validation, and `parts_loss`, drawn and saved as `path`."""
+    """The pretraining's L1 + 0.1 MSE, in training and validation, and `heads_loss`, drawn and saved as `path`."""
     curves = {"loss": "training", "val_loss": "validation (averaged weights)"}
-    panels = {"Pretraining: L1 + 0.1 MSE": curves, "Colour, hole and fill on their own": {"parts": "training"}}
+    panels = {"Pretraining: L1 + 0.1 MSE": curves, "Colour, hole and fill on their own": {"heads": "training"}}
     return _plot_curves(history, panels, path)
 
 
@@ -2754,7 +2155,7 @@ def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
 
 def compare_results(generator: nn.Module, pairs: Sequence[Pair], run: Run, path: Path, sets: int = 5) -> plt.Figure:
     """Shows `sets` sets of (degraded, restored, original) with PSNR and SSIM below, and saves them as `path`."""
-    degraded, original, info = next(iter(make_loader(pairs[:sets], sets, run.settings, torch.device("cpu"))))
+    degraded, original, info = next(iter(make_loader(pairs[:sets], sets, torch.device("cpu"))))
     with evaluating(generator):
         restored = generator(degraded.to(run.device)).cpu()
     before, after = image_metrics(degraded, original), image_metrics(restored, original)
@@ -2767,3 +2168,289 @@ def compare_results(generator: nn.Module, pairs: Sequence[Pair], run: Run, path:
     figure = show_images(columns, ("degraded", "restored", "original"), captions)
     save_figure(figure, path)
     return figure
+
+
+# ======================================================================================================================
+# Appendix: the synthetic portraits
+# ======================================================================================================================
+
+# Shapes are in head units: x right, y down from between the eyes, the chin at y = 1. The average face, whose right half
+# the tables give, is painted from the front, in float32 BGR 0..1; last of all the picture is bent to the sitter's own.
+HEAD_UNIT = 0.31  # as a share of the picture
+EYES_CENTRE = np.array((0.5, 0.46))  # where the middle of the eyes is, likewise
+RELIEF_SIZE = 256  # rows and columns of the reliefs that are lit: soft light needs no more
+RELIEF_X = ((np.arange(RELIEF_SIZE) + 0.5) / RELIEF_SIZE - EYES_CENTRE[0]) / HEAD_UNIT
+RELIEF_Y = ((np.arange(RELIEF_SIZE)[:, None] + 0.5) / RELIEF_SIZE - EYES_CENTRE[1]) / HEAD_UNIT
+
+
+def _tables(text: str) -> dict[str, np.ndarray]:
+    """Tables of numbers from the lines of a text: a name, a colon, and rows parted by commas."""
+    lines = (line.partition(":") for line in text.strip().splitlines())
+    return {name.strip(): np.array([row.split() for row in rows.split(",")], np.float64) for name, _, rows in lines}
+
+
+# Colours (BGR); outlines; patches of hair (one guide hair a row); bumps of the face (x, y, width, height, rise); how
+# faces differ (x, y, reach, usual shift right and down, by how many of these men differ from the average).
+PORTRAIT_TABLES = _tables("""
+    skin: 33 42 66, 46 66 104, 70 98 146, 94 128 178, 122 155 205, 152 182 226, 176 198 232
+    hair: 17 17 20, 24 28 40, 32 42 62, 44 66 98, 62 100 142, 100 156 196, 30 58 132
+    iris: 20 30 50, 30 48 74, 48 82 100, 80 106 84, 142 118 88, 146 132 112
+    cloth: 248 248 248, 14 13 13, 80 48 36, 44 40 120, 76 88 70, 120 150 176, 66 116 186, 130 104 140, 24 20 18
+    head: 0 -1.02, .26 -.985, .47 -.86, .61 -.6, .665 -.3, .67 .1, .62 .34, .53 .57, .4 .79, .19 .945, 0 .995
+    ear: .62 -.1, .71 -.13, .755 -.02, .73 .17, .68 .32, .6 .3
+    body: 0 .4, .38 .41, .38 .9, .44 1.12, .74 1.3, 1.15 1.42, 1.6 1.6, 2.2 2.5, 0 2.5
+    round neck: 0 1.34, .2 1.32, .4 1.22, .47 1.08
+    high neck: 0 1.1, .25 1.06, .4 .93
+    open neck: 0 1.62, .12 1.48, .3 1.27, .45 1.07
+    jacket: .4 1, .42 1.16, .3 1.42, .04 2, 2.2 2.5, 1.7 1.53, 1.2 1.36, .76 1.23, .5 1.1
+    eye: .145 .022, .2 -.038, .278 -.06, .355 -.045, .431 -.008, .431 -.008, .355 .03, .285 .041, .208 .035, .145 .022
+    hair volume: 0 -1.6, .6 -1.35, .88 -.8, .97 0, 1 1, 1 2.5
+    brow: .11 -.135 .16 -.165, .2 -.18 .25 -.215, .33 -.21 .38 -.235, .46 -.175 .51 -.167
+    moustache: .01 .54 .05 .62, .08 .54 .16 .62, .15 .555 .25 .68
+    beard: .64 .1 .66 .26, .56 .34 .61 .51, .4 .58 .5 .76, .22 .77 .3 .95, 0 .82 0 1.06
+    crop: .65 .05 .7 .08, .63 -.27 .75 -.4, .52 -.49 .68 -.82, .27 -.63 .4 -1.07, -.04 -.65 -.04 -1.12
+    curtain: -.01 -.7 .42 -.52 .6 -.2 .65 .1 .66 .5 .66 1, -.01 -1.12 .5 -1 .76 -.55 .82 0 .86 .5 .84 1.05
+    fringe: -.03 -1.06 -.03 -.8 -.03 -.55 -.03 -.3, .3 -1.06 .5 -.8 .58 -.5 .6 -.27
+    back: 0 -.6 0 .2 0 1, .75 -.6 .83 .2 .82 1
+    bumps 1: 0 .1 .06 .2 .08, 0 .41 .085 .075 .15, .115 .44 .05 .05 .075, .14 -.02 .05 .09 -.045, .29 0 .15 .1 -.085
+    bumps 2: 0 .61 .16 .1 .08, 0 .7 .11 .035 .04, 0 .8 .12 .035 -.035, .28 .6 .04 .07 -.035, 0 .92 .13 .09 .07
+    bumps 3: .26 -.21 .18 .06 .04, .29 .02 .1 .065 .06, .4 .24 .14 .11 .05, .43 .52 .1 .14 -.04, .6 -.33 .08 .2 -.04
+    morphs: .5 .6 .2 .035 0 .5, .4 1 .25 .05 0 .8, .2 .63 .08 0 .016 0, 0 1 .25 0 .03 .2, 0 .44 .13 0 .02 .2
+""")
+# Tint of blue and green, of red; strength at twenty, what age adds; blur, width (0: an area); points on the right half.
+FACE_GLAZES = _tables("""
+    cheek: .84 1.03, .8 0, .07 .22, .33 .27, .42 .3, .52 .33
+    socket: .72 .78, .5 0, .03 .07, .14 -.03, .28 -.09, .43 -.03
+    lid: .5 .6, .8 0, .006 .02, .145 -.014, .2 -.074, .278 -.096, .355 -.081, .431 -.044
+    lashes: .14 .16, .9 0, .004 .026, .145 .022, .2 -.038, .278 -.06, .355 -.049, .44 -.016
+    lower lid: .3 .4, .6 0, .004 .012, .431 -.008, .355 .03, .285 .041, .208 .035, .145 .022
+    eye bag: .76 .8, .2 .7, .014 .03, .431 .052, .355 .09, .285 .101, .208 .095, .145 .082
+    nostril: .2 .3, .9 0, .009 .03, .025 .487, .055 .474, .094 .487
+    upper lip: .54 .76, .85 0, .006 0, 0 .593, .035 .583, .11 .595, .215 .625, .1 .64, 0 .65
+    lower lip: .66 .88, .85 0, .007 0, 0 .65, .1 .64, .215 .625, .11 .697, 0 .738
+    mouth: .2 .3, .8 0, .005 .02, -.225 .62, -.1 .64, 0 .65, .1 .64, .225 .62
+    fold: .68 .76, -.1 1, .012 .025, .15 .4, .22 .5, .275 .64
+    crow's foot: .78 .86, -.3 1, .009 .02, .44 0, .5 -.01, .55 -.04
+    forehead: .84 .9, -.3 1.2, .013 .035, -.32 -.45, -.1 -.44, .1 -.45, .32 -.44
+    glasses: .08 .1, 1 0, .003 .03, 0 -.03, .09 -.01, .12 .11, .2 .16, .38 .16, .46 .12, .49 -.06, .38 -.1, .2 -.1, .1 0
+    temple of glasses: .08 .1, 1 0, .003 .03, .47 -.05, .57 -.06, .67 -.05
+""")
+
+
+class Sitter:
+    """One invented person; age runs from twenty (0) to eighty years (1)."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        """Draws what several painters have to know."""
+        skins, hairs, irises = (PORTRAIT_TABLES[name] / 255 for name in ("skin", "hair", "iris"))
+        self.woman, self.age, tone = rng.random() < 0.5, rng.beta(1.1, 1.6), rng.uniform(0, 6)
+        self.skin = np.array([np.interp(tone, range(7), channel) for channel in skins.T])
+        grey = np.clip(3 * self.age - 1.5 + rng.normal(0, 0.25), 0, 1) * (self.age > 0.4)
+        self.hair = rng.choice(hairs[: 3 if tone < 3 else 7]) * (1 - grey) + rng.uniform(0.43, 0.7) * grey
+        self.iris, self.glasses = rng.choice(irises[: 2 if tone < 3 else 6]), rng.random() < 0.15 + 0.2 * self.age
+        styles = ("curtain", "curtain", "curtain fringe", "crop", "curtain", "crop", "crop", "")
+        self.head_hair = str(rng.choice(styles[:4] if self.woman else styles[4:])).split()
+        beards = ("brow", "brow moustache", "brow moustache beard", "brow moustache beard")
+        self.face_hair = str(rng.choice(beards[:1] if self.woman else beards)).split()
+        names, length = self.face_hair + self.head_hair + ["back"], rng.uniform(0.4, 1.7) if self.woman else 0.1
+        self.guides = {name: rows.reshape(len(rows), -1, 2) for name, rows in PORTRAIT_TABLES.items() if name in names}
+        self.part, self.curl, rise = rng.uniform(-0.25, 0.25), rng.choice((0, 0, 0.03)), rng.uniform(0.1, 0.5)
+        for name in [*self.head_hair, "back"]:
+            x, y = np.moveaxis(self.guides[name], -1, 0)
+            y = np.where(y > 0, y * length, y - rise * np.clip(-0.65 - y, 0, 1))
+            self.guides[name] = np.stack((x, y), -1)
+        self.makeup = rng.uniform(1, 1.6) if self.woman else rng.uniform(0.6, 0.9)
+        lamp = np.array((rng.choice((-1, 1)) * rng.uniform(0.2, 0.8), rng.uniform(-0.75, -0.3), 0.75))
+        self.lamp, warmth = np.float32(lamp / np.linalg.norm(lamp)), np.array((-1, 0, 1)) * rng.uniform(-0.08, 0.12)
+        self.light, self.ambient = (1 + warmth) * rng.uniform(0.95, 1.15), (1 - warmth) * rng.uniform(0.12, 0.3)
+
+
+def smooth_curve(points: np.ndarray, steps: int = 8) -> np.ndarray:
+    """Runs a Catmull-Rom spline through points along axis 0."""
+    ends = np.concatenate((points[:1], points, points[-1:]))
+    a, b, c, d = (ends[i : i + len(points) - 1, None] for i in range(4))
+    t = (np.arange(steps) / steps).reshape(-1, *[1] * (points.ndim - 1))
+    smooth = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * b - a - 3 * c + d)))
+    return np.concatenate((smooth.reshape(-1, *points.shape[1:]), points[-1:]))
+
+
+def brush_stroke(points: np.ndarray, width: float) -> np.ndarray:
+    """Outline of a smooth stroke through points that tapers at both ends."""
+    line = smooth_curve(points)
+    along = np.gradient(line, axis=0)
+    across = along[:, ::-1] * (-width / 2, width / 2) / np.linalg.norm(along, axis=1, keepdims=True)
+    across *= np.sin(np.linspace(0.15, np.pi - 0.15, len(line)))[:, None]
+    return np.concatenate((line + across, (line - across)[::-1]))
+
+
+def smooth_noise(rng: np.random.Generator, rows: int, columns: int, size: int) -> np.ndarray:
+    """Noise of about unit variance: a random grid stretched over a square picture."""
+    return cv2.resize(np.float32(rng.normal(0, 1.3, (rows, columns))), (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def paint_shape(
+    image: np.ndarray, outline: np.ndarray, paint: object, alpha: float = 1, blur: float = 0, glaze: bool = False
+) -> None:
+    """Paints a shape and its mirror image, softened by `blur`, with a colour or a picture; a glaze multiplies."""
+    blur, paint = blur * HEAD_UNIT * len(image), np.asarray(paint, np.float32)
+    pixels = (np.stack((outline, outline * (-1, 1))) * HEAD_UNIT + EYES_CENTRE) * len(image)
+    low = np.clip(pixels.min((0, 1)) - 3 * blur - 2, 0, len(image) - 1).astype(int)
+    high = np.clip(pixels.max((0, 1)) + 3 * blur + 2, low + 1, len(image)).astype(int)
+    part = np.s_[low[1] : high[1], low[0] : high[0]]  # no more than the shape needs
+    mask = np.zeros((high - low)[::-1], np.uint8)
+    for polygon in np.rint((pixels - low) * 16).astype(np.int32, order="C"):
+        cv2.fillPoly(mask, [polygon], 255, cv2.LINE_AA, 4)
+    mask = cv2.GaussianBlur(mask, (0, 0), blur) if blur > 0.3 else mask
+    paint = image[part] * paint if glaze else paint[part] if paint.ndim == 3 else paint
+    image[part] += (paint - image[part]) * (mask * np.float32(alpha / 255))[..., None]
+
+
+def paint_backdrop(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Paints a wall in cloudy light, perhaps with lamps out of focus or with hard-edged windows and shelves."""
+    y, x = np.mgrid[-1:1:128j, -1:1:128j]
+    wall = rng.choice((rng.uniform(0.05, 0.5), rng.uniform(0.4, 0.97))) + rng.normal(0, 0.03, 3)
+    clouds = 0.5 + rng.uniform(-0.5, 0.5) * x + rng.uniform(-0.5, 0.5) * y + 0.15 * smooth_noise(rng, 4, 4, 128)
+    image = wall + rng.normal(rng.normal(0, 0.1), 0.03, 3) * clouds[..., None] - 0.1 * wall * (x * x + y * y)[..., None]
+    for across, down, radius in rng.integers((0, 0, 4), (128, 128, 12), (8 * (rng.random() < 0.3), 3)).tolist():
+        cv2.circle(image, (across, down), radius, (wall * rng.uniform(1, 1.3) + 0.1).tolist(), -1)
+    image = cv2.resize(cv2.blur(np.float32(image.clip(0.02, 1)), (5, 5)), (size, size), interpolation=cv2.INTER_CUBIC)
+    for _ in range(rng.integers(1, 4) * (rng.random() < 0.4)):  # their edges are no damage
+        left, top, wide, high = (rng.uniform((0, 0, 0.05, 0.1), (0.95, 0.7, 0.35, 0.5)) * size).astype(int)
+        image[top : top + high, left : left + wide] = rng.choice((0.02, 0.3, 0.6, 0.99)) + rng.normal(0, 0.02, 3)
+    return image
+
+
+def round_relief(outline: np.ndarray, depth: float, bumps: np.ndarray | tuple = ()) -> np.ndarray:
+    """Relief of a body, given by the right half of its outline, with bumps: the wider, the deeper."""
+    width = np.interp(RELIEF_Y, outline[:, 1], outline[:, 0] * 1.05 + 0.001)
+    height = depth * np.sqrt(width / width.max() * np.clip(1 - np.abs(RELIEF_X / width) ** 2.4, 0, 1))
+    for x, y, wide, high, rise in bumps:
+        height += rise * np.exp(-0.5 * (((np.abs(RELIEF_X) - x) / wide) ** 2 + ((RELIEF_Y - y) / high) ** 2))
+    return np.float32(height)
+
+
+def light_relief(sitter: Sitter, albedo: np.ndarray, height: np.ndarray, size: int, gloss: float) -> np.ndarray:
+    """Lights a relief (head units): wrapped Lambert light, cast shadows, darker hollows, sheen."""
+    (lx, ly, lz), step = sitter.lamp, 1 / (HEAD_UNIT * RELIEF_SIZE)
+    gy, gx = np.gradient(cv2.GaussianBlur(height, (0, 0), 1.2), step)  # without the steps of its edges
+    steep, low, blocked = np.sqrt(1 + gx * gx + gy * gy)[..., None], np.hypot(lx, ly), np.zeros_like(height)
+    for reach in np.arange(0.05, 0.4, 0.05):  # walk towards the lamp and note what stands in the way
+        shift = np.rint(np.array((-ly, -lx)) / low * reach / step).astype(int)
+        blocked = np.maximum(blocked, np.roll(height, shift, (0, 1)) - height - np.float32(reach * lz / low))
+    clear = 1 - 0.75 * cv2.GaussianBlur(np.clip(blocked / 0.05, 0, 1), (0, 0), 0.02 / step)[..., None]
+    hollow = np.clip((cv2.GaussianBlur(height, (0, 0), 0.07 / step) - height) * 6, 0, 0.5)[..., None]
+    facing = (lz - lx * gx - ly * gy)[..., None] / steep
+    sheen = np.clip((facing + 1 / steep) / np.sqrt(2 + 2 * lz), 0, 1) ** 18 * gloss  # halfway to the viewer
+    wrap = np.float32((0.12, 0.18, 0.32))  # red light travels through skin and softens the edge of shadows
+    diffuse = np.clip((facing + wrap) / (1 + wrap), 0, 1) * clear * sitter.light + sitter.ambient * (0.6 + 0.4 / steep)
+    lit = np.float32(albedo) ** 2.2 * diffuse * (1 - hollow) + sheen * clear * sitter.light
+    return cv2.resize(np.float32(lit.clip(0, 1) ** (1 / 2.2)), (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def paint_clothes(rng: np.random.Generator, image: np.ndarray, sitter: Sitter, head: np.ndarray) -> None:
+    """Paints plain, striped, checked or dotted clothes, on which the head throws its shadow, and perhaps a jacket."""
+    neck = smooth_curve(PORTRAIT_TABLES[rng.choice(("round neck", "high neck", "open neck"))])
+    body = smooth_curve(PORTRAIT_TABLES["body"]) * (1.03, 1) - (0, 0.04)
+    folds = 0.03 * smooth_noise(rng, 10, 10, RELIEF_SIZE) + 0.006 * smooth_noise(rng, 6, 30, RELIEF_SIZE)
+    shade = light_relief(sitter, np.ones(3), np.maximum(head, round_relief(body, 0.5) + folds - 0.1), len(image), 0)
+    waves = rng.choice((0, 0, 1), (2, 1)) * rng.uniform(0.12, 0.5) * np.arange(RELIEF_SIZE)  # 0: stripes, or plain
+    share = np.clip(4 * np.outer(*np.cos(waves)) - rng.choice((0, 2)), 0, 1)[..., None]
+    first, second, coat = np.float32(rng.choice(PORTRAIT_TABLES["cloth"], 3) / 255)
+    cloth = cv2.resize(np.float32(first + (second - first) * share), image.shape[:2], interpolation=cv2.INTER_CUBIC)
+    paint_shape(image, np.concatenate((neck, body[body[:, 1] > neck[-1, 1] + 0.03])), shade * cloth)
+    paint_shape(image, brush_stroke(neck[::8] + (0, 0.06), 0.02), 0.6, 0.6, 0.008, glaze=True)
+    if rng.random() < 0.3:
+        paint_shape(image, PORTRAIT_TABLES["jacket"], shade * coat)
+
+
+def paint_face(skin: np.ndarray, sitter: Sitter) -> None:
+    """Paints eyes, lips, creases, perhaps glasses, and the shadows of the hair on lit skin."""
+    ball, eye, disc = skin.copy(), PORTRAIT_TABLES["eye"], cv2.ellipse2Poly((0, 0), (999, 999), 0, 0, 360, 12) / 999
+    paint_shape(ball, disc * (0.17, 0.1) + (0.285, 0), (0.75, 0.78, 0.81), 0.75)
+    for radius, shade, blur in ((0.059, 0.3, 0.004), (0.047, 1, 0.01), (0.024, 0.05, 0.003)):
+        paint_shape(ball, disc * radius + (0.285, -0.009), sitter.iris * shade, 0.96, blur)
+    paint_shape(ball, disc * (0.038, 0.022) + (0.285, 0.019), 1.7, 0.6, 0.01, glaze=True)
+    paint_shape(ball, brush_stroke(eye[:5] + (0, 0.012), 0.065), 0.4, 0.85, 0.01, glaze=True)
+    paint_shape(ball, disc * 0.012 + (0.295, -0.033), 1, 0.9, 0.002)
+    paint_shape(skin, smooth_curve(eye), ball, 1, 0.003)  # the opening between the lids
+    for name in sitter.head_hair + sitter.face_hair:
+        hairs = sitter.guides[name] + (0, 0.03)
+        shadow = np.concatenate((hairs[0], hairs[:, -1], hairs[-1, ::-1], hairs[::-1, 0]))
+        paint_shape(skin, shadow, sitter.hair * 0.5 + 0.45, 0.6, 0.03, glaze=True)
+    for name, rows in FACE_GLAZES.items():
+        (cool, red), (young, old), (blur, width), points = *rows[:3], rows[3:]
+        outline = brush_stroke(points, width) if width else smooth_curve(points)
+        alpha = np.clip(young + old * sitter.age, 0, 1) * (sitter.glasses or "glasses" not in name)
+        paint_shape(skin, outline, np.array((cool, cool, red)) ** sitter.makeup, alpha, blur, glaze=True)
+
+
+def grow_hairs(rng: np.random.Generator, guides: np.ndarray, curl: float) -> tuple[np.ndarray, np.ndarray]:
+    """Grows hairs (hair, point, 2) in clumps between guide hairs (guide, point, 2); returns them and their tones."""
+    place, clump = np.sort(rng.random(320)) * (len(guides) - 1.001), np.arange(320) * 26 // 320
+    left, share, guides = place.astype(int), (place % 1)[:, None], guides.swapaxes(0, 1)
+    lines = guides[:, left] * (1 - share) + guides[:, left + 1] * share
+    own = 1.3 * rng.normal(0, 1, (26, 3))[clump] + rng.normal(0, 1, (320, 3))  # sideways, up and in brightness
+    loose = min(np.ptp(guides, (0, 1)).max() * 0.015, 0.016) * np.linspace(0.25, 1, len(guides))[:, None, None]
+    lines = smooth_curve(lines + loose * own[:, :2], (40 if curl else 20) // len(guides))
+    s = np.linspace(0, 1, len(lines))[:, None]
+    lines += (s**3 * rng.uniform(-0.25, 0, 320))[..., None] * (lines[-1] - lines[len(lines) // 2])  # uneven ends
+    turns = 2 * np.pi * (s * rng.uniform(3, 6, 320) + rng.random(320))
+    lines += curl * np.minimum(1, 4 * s)[..., None] * np.stack((np.cos(turns), np.sin(turns)), -1)
+    return lines.swapaxes(0, 1), np.clip(0.42 + 0.13 * own[:, 2], 0.05, 1)
+
+
+def paint_hair(rng: np.random.Generator, image: np.ndarray, sitter: Sitter, names: list[str], lit: np.ndarray) -> None:
+    """Paints patches of hair in lit colours, hair by hair; that of the head covers what is under it."""
+    tone, ground, cover = (np.full(image.shape[:2], value, np.uint8) for value in (50, 0, 0))
+    thick = max(1, round(len(image) / 512))
+    for name, side in ((name, side) for name in names for side in (-1, 1)):
+        dense, guides = name not in sitter.face_hair, sitter.guides[name] * (side, 1)
+        guides[..., 0] += sitter.part * np.clip(-0.4 - guides[..., 1], 0, 0.6)  # combs it to one side
+        lines, tones = grow_hairs(rng, guides, sitter.curl * dense)
+        pixels = np.rint((lines * HEAD_UNIT + EYES_CENTRE) * len(image) * 16).astype(np.int32, order="C")
+        for line, value in zip(pixels, tones):
+            cv2.polylines(tone, [line], False, int(255 * value), thick, cv2.LINE_AA, 4)
+        cv2.polylines(cover, list(pixels), False, 230 if dense else 115, thick, cv2.LINE_AA, 4)
+        outline = np.concatenate((pixels[0], pixels[:, -1], pixels[-1, ::-1], pixels[::-1, 0]))
+        cv2.fillPoly(ground, [outline], 255 * dense, cv2.LINE_AA, 4)
+    cover = cv2.max(cover, cv2.GaussianBlur(ground, (0, 0), 0.004 * len(image)))[..., None] * np.float32(1 / 255)
+    image += (lit * (0.3 + tone[..., None] * np.float32(1.3 / 255)) - image) * cover
+
+
+def bend_to_sitter(rng: np.random.Generator, image: np.ndarray, sitter: Sitter) -> np.ndarray:
+    """Bends the average face to the sitter's features and pose, and a little more: no face is symmetric."""
+    y, x = (np.mgrid[0:96, 0:96] + 0.5) / 96
+    x, y = ((q - c - rng.uniform(-0.03, 0.03)) / (HEAD_UNIT * 1.09) for q, c in zip((x, y), EYES_CENTRE))
+    above, tilt = np.clip((1.5 - y) / 0.9, 0, 1), rng.normal(0, 0.06)  # the shoulders stay where they are
+    x, y = x + tilt * above * (y - 0.9), y - tilt * above * x
+    x = x - rng.uniform(-0.12, 0.12) * np.clip(1 - (x / 0.8) ** 2, 0, 1) * above
+    to_x, to_y = x + 0.008 * smooth_noise(rng, 9, 9, 96), y + 0.008 * smooth_noise(rng, 9, 9, 96)
+    for mx, my, reach, right, down, male in PORTRAIT_TABLES["morphs"] * (1, 1, 1, 1, 1, -1 if sitter.woman else 1):
+        weight = (male + rng.uniform(-1.6, 1.6)) * np.exp(-((np.abs(x) - mx) ** 2 + (y - my) ** 2) / reach**2)
+        to_x, to_y = to_x - right * weight * np.sign(x), to_y - down * weight
+    places = np.float32((np.dstack((to_x, to_y)) * HEAD_UNIT + EYES_CENTRE) * len(image))
+    places = cv2.resize(places, image.shape[:2], interpolation=cv2.INTER_CUBIC)
+    return cv2.remap(image, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def draw_portrait(rng: np.random.Generator, size: int = 512) -> np.ndarray:
+    """Paints one invented person as a uint8 BGR picture of size x size pixels."""
+    sitter, full = Sitter(rng), max(size, 384)  # thin hairs need pixels: smaller pictures are reduced at the end
+    image = paint_backdrop(rng, full)
+    head, body, ear, volume = (smooth_curve(PORTRAIT_TABLES[n]) for n in ("head", "body", "ear", "hair volume"))
+    height = round_relief(head, 0.62, np.concatenate([PORTRAIT_TABLES[f"bumps {i}"] for i in (1, 2, 3)]))
+    pores = 1 + 0.01 * smooth_noise(rng, 110, 110, RELIEF_SIZE)[..., None] * (1.6, 1.3, 0.7)
+    skin = light_relief(sitter, sitter.skin * pores, np.maximum(height, round_relief(body, 0.5) - 0.2), full, 0.065)
+    hair = light_relief(sitter, sitter.hair, round_relief(volume, 0.8), full, 0.05)
+    if "curtain" in sitter.head_hair:
+        paint_hair(rng, image, sitter, ["back"], hair * 0.5)
+    paint_shape(image, body, skin)
+    paint_clothes(rng, image, sitter, height)
+    paint_shape(image, ear, skin)
+    paint_face(skin, sitter)
+    paint_shape(image, head, skin, 1, 0.006)
+    bristles = sitter.face_hair[: rng.choice((1, 3, 3))]  # the others are stubble: shadows without hairs
+    paint_hair(rng, image, sitter, bristles + sitter.head_hair, hair)
+    image = cv2.resize(bend_to_sitter(rng, image, sitter), (size, size), interpolation=cv2.INTER_AREA)
+    image += 0.008 * rng.standard_normal((size, size, 1), np.float32)
+    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)

@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny folder of faces, tiny settings, and a run that writes to a temporary folder."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,18 @@ TINY = dataclasses.replace(
 )
 
 
+def faces_in(folder) -> ru.Faces:
+    """All pictures of a folder."""
+    return ru.Faces(folder, "test pictures", *ru.list_images(folder))
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    """No test sees the variables of whoever runs it."""
+    for name in [name for name in os.environ if name.startswith("RESTORATION_")] + ["FACES_DIR", "OUTPUT_DIR"]:
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def faces(tmp_path) -> ru.Faces:
     """Ten random pictures of 64 px: quick to make, all different."""
@@ -26,7 +39,7 @@ def faces(tmp_path) -> ru.Faces:
     for number in range(10):
         picture = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
         ru.write_image(folder / f"face_{number}.jpg", picture)
-    return ru.Faces(folder, "test pictures", ru.list_images(folder))
+    return faces_in(folder)
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ import colorsys
 import dataclasses
 import hashlib
 import io
-import json
 import shutil
 from collections import namedtuple
 
 import cv2
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, faces_in
 from PIL import Image
 
 import restoration_utils as ru
@@ -152,13 +151,13 @@ def test_unreadable_files_are_named_and_skipped(faces, tmp_path):
     (faces.folder / "text.jpg").write_text("not a picture")
     content = faces.files[0].read_bytes()
     (faces.folder / "half.jpg").write_bytes(content[: len(content) // 2])
-    more = ru.Faces(faces.folder, "", ru.list_images(faces.folder))
+    more = faces_in(faces.folder)
     report = ru.degrade_folder(more, tmp_path / "d", TINY)
-    assert report.made == 10 and set(report.failed) == {"empty.jpg", "text.jpg", "half.jpg"}
-    assert all(name in str(report) for name in report.failed) and "truncated" in str(report)
+    assert report.made == 10 and set(report.left_out) == {"empty.jpg", "text.jpg", "half.jpg"}
+    assert all(name in str(report) for name in report.left_out) and "truncated" in str(report).lower()
     cv2.imwrite(str(faces.folder / "long.png"), np.zeros((2, 66_000, 3), np.uint8))  # more than a JPEG can hold
-    more = ru.Faces(faces.folder, "", ru.list_images(faces.folder))
-    assert "66000 x 2" in ru.degrade_folder(more, tmp_path / "d", TINY).failed["long.png"]
+    more = faces_in(faces.folder)
+    assert "66000 x 2" in ru.degrade_folder(more, tmp_path / "d", TINY).left_out["long.png"]
     only = ru.Faces(faces.folder, "", ["empty.jpg"])
     with pytest.raises(ValueError, match=r"empty\.jpg"):
         ru.degrade_folder(only, tmp_path / "none", TINY)
@@ -166,13 +165,13 @@ def test_unreadable_files_are_named_and_skipped(faces, tmp_path):
 
 def test_same_stem_twice_and_degraded_files_among_the_originals(faces, places):
     picture = ru.read_image(faces.files[0])
-    ru.write_image(faces.folder / "face_0.png", picture)
-    ru.write_image(faces.folder / "sub" / "face_1.jpg", picture)
-    ru.write_image(faces.folder / "face_2_noisy.jpg", picture)
+    for name in ("face_0.png", "sub/face_1.jpg", "face_2_noisy.jpg", "fakefaces_degraded/face_0_noisy.jpg"):
+        ru.write_image(faces.folder / name, picture)
     ru.write_image(faces.folder / "lonely_color.jpg", picture)  # has no original beside it: an original itself
-    names = ru.list_images(faces.folder)
-    assert len(names) == 13 and "face_2_noisy.jpg" not in names and "sub/face_1.jpg" in names
-    pairs = ru.prepare_pairs(ru.Faces(faces.folder, "", names), places, TINY)
+    more = faces_in(faces.folder)
+    assert len(more.names) == 13 and "sub/face_1.jpg" in more.names
+    assert list(more.left_out) == ["face_2_noisy.jpg"] and "copy of face_2" in more.left_out["face_2_noisy.jpg"]
+    pairs = ru.prepare_pairs(more, places, TINY)
     assert len({pair.degraded for pair in pairs}) == 39
 
 
@@ -193,47 +192,63 @@ def test_too_little_space_is_said_before_anything_is_written(faces, tmp_path, mo
     assert not list((tmp_path / "d").glob("*.jpg"))
 
 
-def test_the_manifest_says_what_made_each_file(faces, places, pairs):
-    manifest = json.loads((places.degraded / ru.MANIFEST).read_text())
-    assert manifest["recipe"]["seed"] == TINY.seed and manifest["recipe"]["noise_sigma"] == 25
-    content = hashlib.sha256(faces.files[4].read_bytes()).hexdigest()[:32]
-    assert manifest["originals"]["face_4.jpg"] == [content, "face_4"]
+def test_every_degraded_file_says_what_made_it_and_is_drawn_from_its_own_seed(faces, pairs):
     pair = next(p for p in pairs if p.name == "face_4.jpg" and p.kind == "occluded")
+    with Image.open(pair.degraded) as written:
+        assert written.info["comment"].decode() == pair.comment(TINY)
+    assert len({p.comment(TINY) for p in pairs}) == len(pairs) and pair.is_done(TINY)
+    assert not pair._replace(content="0").is_done(TINY) and not pair._replace(kind="noisy", stem="face_5").is_done(TINY)
     rng = np.random.default_rng(ru.derive_seed(TINY.seed, "occluded", "face_4.jpg"))
     expected = ru.occlude_irregular(ru.read_image(faces.files[4]), rng)
-    written = cv2.imread(str(pair.degraded))
-    assert np.abs(written.astype(int) - expected).mean() < 2
+    assert np.abs(cv2.imread(str(pair.degraded)).astype(int) - expected).mean() < 2
 
 
-def test_a_file_that_cannot_be_read_is_remembered_until_it_changes(faces, places):
+def test_degraded_files_of_an_older_version_of_the_code_are_made_again(faces, places, monkeypatch):
+    """The masks are drawn again from the seed: with other polygons than those in the files they would be wrong."""
+    ru.degrade_folder(faces, places.degraded, TINY)
+    polygons = ru._polygons
+    monkeypatch.setattr(ru, "_polygons", lambda *a: [p[::-1] // 2 for p in polygons(*a)])
+    ru.degradation_id.cache_clear()
+    try:
+        assert ru.degrade_folder(faces, places.degraded, TINY)[:2] == (10, 0)
+        assert ru.degrade_folder(faces, places.degraded, TINY)[:2] == (0, 10)
+    finally:
+        ru.degradation_id.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["seed", "noise_sigma", "saturation", "value", "polygons", "jpeg_quality"])
+def test_every_setting_of_the_degradations_is_part_of_what_made_a_file(name):
+    changed = {"saturation": (0.3, 0.71), "value": (0.6, 1.21)}.get(name, 7)
+    assert ru.degradation_id(dataclasses.replace(TINY, **{name: changed})) != ru.degradation_id(TINY)
+    assert ru.degradation_id(dataclasses.replace(TINY, pretrain_lr=7)) == ru.degradation_id(TINY)
+
+
+def test_a_file_that_cannot_be_read_is_tried_again_and_degraded_once_it_can(faces, places, capsys):
     bad = faces.folder / "bad.jpg"
     bad.write_text("not a picture")
-    more = ru.Faces(faces.folder, "", ru.list_images(faces.folder))
+    more = faces_in(faces.folder)
     ru.degrade_folder(more, places.degraded, TINY)
     report = ru.degrade_folder(more, places.degraded, TINY)
-    assert report[:2] == (0, 10) and set(report.failed) == {"bad.jpg"}
-    lines = []
-    attached = dataclasses.replace(places, degraded=places.outputs / "other", attached=places.outputs)
-    assert len(ru.prepare_pairs(more, attached, TINY, lines.append)) == 30 and "attached" in lines[0]
+    assert report[:2] == (0, 10) and set(report.left_out) == {"bad.jpg"}
+    attached = places._replace(degraded=places.outputs / "other", attached=places.outputs)
+    assert len(ru.prepare_pairs(more, attached, TINY)) == 30 and "attached" in capsys.readouterr().out
     bad.write_bytes(faces.files[0].read_bytes())
-    report = ru.degrade_folder(more, places.degraded, TINY)
-    assert report == (1, 10, {})
+    assert ru.degrade_folder(more, places.degraded, TINY)[:3] == (1, 10, {})
     bad.write_text("broken again")
-    assert ru.degrade_folder(more, places.degraded, TINY).failed and len(ru.prepare_pairs(more, places, TINY)) == 30
+    assert ru.degrade_folder(more, places.degraded, TINY).left_out and len(ru.prepare_pairs(more, places, TINY)) == 30
 
 
 def test_copies_of_other_originals_are_never_taken_for_ones_own(faces, tmp_path):
-    """The same file names from another folder of faces: their entries go before their files are replaced."""
+    """The same file names from another folder of faces."""
     for number, path in enumerate(faces.files):
         ru.write_image(tmp_path / "up" / "faces" / path.name, grey(20 * number, 64))
-    inner = ru.Faces(tmp_path / "up" / "faces", "", ru.list_images(tmp_path / "up" / "faces"))
+    inner = faces_in(tmp_path / "up" / "faces")
     outer = ru.Faces(
         tmp_path / "up", "", [f"faces/{name}" for name in inner.names]
     )  # the same files under longer names
     for now in (inner, outer, inner):
         assert ru.degrade_folder(now, tmp_path / "d", TINY).made == 10
-        manifest = json.loads((tmp_path / "d" / ru.MANIFEST).read_text())["originals"]
-        assert set(manifest) == set(now.names)
+        assert ru.degrade_folder(now, tmp_path / "d", TINY).kept == 10
     ru.degrade_folder(inner, tmp_path / "fresh", TINY)
     assert hashes(tmp_path / "d") == hashes(tmp_path / "fresh")
 
@@ -250,7 +265,7 @@ def test_jpegs_with_a_thumbnail_or_data_behind_the_end_are_judged_by_their_own_s
     (tmp_path / "filled.jpg").write_bytes(whole[:2] + b"\xff\xff" + whole[2:])  # allowed before every marker
     assert np.array_equal(ru.read_image(tmp_path / "filled.jpg"), ru.read_image(tmp_path / "a.jpg"))
     (tmp_path / "cut.jpg").write_bytes(whole[:-20])  # the thumbnail's end marker is still there
-    with pytest.raises(ValueError, match=r"cut\.jpg: the JPEG is truncated"):
+    with pytest.raises(ValueError, match=r"cut\.jpg: cannot be read .*truncated"):
         ru.read_image(tmp_path / "cut.jpg")
 
 

@@ -1,6 +1,5 @@
 """What goes wrong outside: killed and doubled runs, full disks, bad pictures, hostile checkpoints, odd numbers."""
 
-import copy
 import dataclasses
 import functools
 import gc
@@ -14,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -23,7 +21,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, faces_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -45,8 +43,8 @@ faces_folder, outputs = map(Path, sys.argv[1:3])
 settings = dataclasses.replace(TINY, **(dict(pretrain_epochs=3, gan_epochs=3, gan_lr_step=2) | eval(sys.argv[3])))
 places = ru.Places("test", outputs, outputs / "fakefaces_degraded")
 print("ready", flush=True)
-faces = ru.Faces(faces_folder, "", ru.list_images(faces_folder))
-pairs = ru.prepare_pairs(faces, places, settings, lambda line: None)
+faces = ru.Faces(faces_folder, "", *ru.list_images(faces_folder))
+pairs = ru.prepare_pairs(faces, places, settings)
 print("degraded", flush=True)
 run, splits = ru.Run(settings, places, torch.device("cpu"), ru.faces_id(pairs)), ru.split_pairs(pairs, settings)
 generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
@@ -181,7 +179,7 @@ def test_the_newest_two_checkpoints_are_kept_and_the_older_one_helps_if_the_newe
     with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):  # and now the disk is full, too
         patch.setattr(ru, "save_checkpoint", no_room)
         train(3)
-    assert len(train(3)) == 3 and "WARNING" not in capsys.readouterr().out.rpartition("epochs were")[2]
+    assert len(train(3)) == 3 and "WARNING" not in capsys.readouterr().out.rpartition("already done")[2]
     assert_same(whole["generator"], ru.load_checkpoint(last)["generator"])
     last.write_bytes(b"")
     previous.unlink()
@@ -192,10 +190,10 @@ def test_the_newest_two_checkpoints_are_kept_and_the_older_one_helps_if_the_newe
 def test_killed_while_an_attached_training_is_copied_it_still_goes_on(run, pairs, places, tmp_path, monkeypatch):
     split = ru.split_pairs(pairs, run.settings)
     kaggle = tmp_path / "kaggle" / "input" / "earlier"
-    earlier = run._replace(places=dataclasses.replace(places, outputs=kaggle))
+    earlier = run._replace(places=places._replace(outputs=kaggle))
     network = ru.build_generator(TINY)
     ru.pretrain_generator(network, split.pretrain_train, split.pretrain_validation, earlier)
-    now = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "new", attached=kaggle.parent))
+    now = run._replace(places=places._replace(outputs=tmp_path / "new", attached=kaggle.parent))
     copied, copy_file = [], ru.copy_file
 
     def killed(allowed, source, destination):
@@ -204,7 +202,7 @@ def test_killed_while_an_attached_training_is_copied_it_still_goes_on(run, pairs
         copied.append(source)
         copy_file(source, destination)
 
-    files = len(list(kaggle.glob("pretrain*"))) - 2  # best, last, history and samples; not the previous, not the curve
+    files = len([path for path in kaggle.iterdir() if path.suffix in (".pth", ".png", ".json")])
     for allowed in range(files):
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
         copied.clear()
@@ -215,52 +213,23 @@ def test_killed_while_an_attached_training_is_copied_it_still_goes_on(run, pairs
         assert len(history) == 2 and (tmp_path / "new" / "pretrained_generator_best.pth").is_file()
 
 
-def killed_in_the_middle(faces, folder, changed, monkeypatch, after):
-    """Degrades until that many originals are done, and leaves what a killed process leaves: no word in the manifest."""
-    degrade_file, done = ru._degrade_file, []
-
-    def dying(*arguments):
-        if len(done) == after:
-            monkeypatch.setattr(ru, "_write_manifest", lambda *arguments: None)
-            raise KeyboardInterrupt
-        done.append(1)
-        time.sleep(0.5)
-        return degrade_file(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ru, "_degrade_file", dying)
-        ru.degrade_folder(faces, folder, changed, workers=1)
-
-
-def test_what_is_done_before_a_kill_is_not_done_again(faces, tmp_path, monkeypatch):
-    write_manifest = ru._write_manifest
-    killed_in_the_middle(faces, tmp_path / "d", TINY, monkeypatch, 8)
-    monkeypatch.setattr(ru, "_write_manifest", write_manifest)
-    report = ru.degrade_folder(faces, tmp_path / "d", TINY)
-    assert report.kept >= 4 and report.made == 10 - report.kept
-
-
 def test_killed_while_it_was_degraded_with_other_settings_nothing_is_mixed(faces, tmp_path, monkeypatch):
-    write_manifest = ru._write_manifest
     ru.degrade_folder(faces, tmp_path / "d", TINY)
     before = {path.name: path.read_bytes() for path in (tmp_path / "d").glob("*.jpg")}
-    killed_in_the_middle(faces, tmp_path / "d", dataclasses.replace(TINY, seed=1), monkeypatch, 3)
-    monkeypatch.setattr(ru, "_write_manifest", write_manifest)
-    assert before != {path.name: path.read_bytes() for path in (tmp_path / "d").glob("*.jpg")}
-    ru.degrade_folder(faces, tmp_path / "d", TINY)
+    written, write_image = [], ru.write_image
+
+    def dying(*arguments):
+        if len(written) == 10:  # three originals and a third
+            raise KeyboardInterrupt
+        written.append(write_image(*arguments))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ru, "write_image", dying)
+        ru.degrade_folder(faces, tmp_path / "d", dataclasses.replace(TINY, seed=1), workers=1)
+    now = {path.name: path.read_bytes() for path in (tmp_path / "d").glob("*.jpg")}
+    assert sum(now[name] != before[name] for name in before) == 10
+    assert ru.degrade_folder(faces, tmp_path / "d", TINY)[:2] == (4, 6)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "d").glob("*.jpg")}
-
-
-@pytest.mark.parametrize("content", [b"\xff\x00", b"[]", b"{}", b'{"recipe": 1}', b"null", b"short", b"object"])
-def test_an_odd_manifest_is_no_obstacle(faces, tmp_path, content):
-    ru.degrade_folder(faces, tmp_path / "d", TINY)
-    path = tmp_path / "d" / ru.MANIFEST
-    made = json.loads(path.read_text())
-    odd = {b"short": ["x"], b"object": {"sha256": "x", "files": []}}
-    if content in odd:
-        content = json.dumps(made | {"originals": {**made["originals"], "face_1.jpg": odd[content]}}).encode()
-    path.write_bytes(content)
-    assert ru.degrade_folder(faces, tmp_path / "d", TINY) == (10, 0, {})
 
 
 def test_leftovers_of_killed_runs_are_swept_out_but_not_what_is_being_written(tmp_path):
@@ -273,16 +242,17 @@ def test_leftovers_of_killed_runs_are_swept_out_but_not_what_is_being_written(tm
 
 
 def test_a_second_run_over_the_same_outputs_stops_and_a_killed_one_locks_nobody_out(faces, tmp_path):
-    first = start(faces, tmp_path / "o", "{'pretrain_epochs': 500}")
+    first = start(faces, tmp_path / "o", "{'pretrain_epochs': 5000}")
     try:
         while not (tmp_path / "o" / "pretrain_last.pth").exists():
             assert first.poll() is None
-        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "o" / "fakefaces_degraded").glob("*.jpg")}
         status, _, err = finish(start(faces, tmp_path / "o"))  # the same settings: finds the training occupied
         assert status != 0 and "another run is writing to" in err.splitlines()[-1]
-        status, _, err = finish(start(faces, tmp_path / "o", "{'seed': 1}"))  # would replace its degraded images
+        status, _, err = finish(start(faces, tmp_path / "o", "{'seed': 1}"))  # replaces degraded images: no harm
         assert status != 0 and "another run is writing to" in err.splitlines()[-1]
-        assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "o" / "fakefaces_degraded").glob("*.jpg")}
+        epochs = len(json.loads((tmp_path / "o" / "pretrain_history.json").read_text()))
+        while len(json.loads((tmp_path / "o" / "pretrain_history.json").read_text())) == epochs:
+            assert first.poll() is None  # it goes on
     finally:
         first.kill()
         first.communicate()
@@ -290,11 +260,11 @@ def test_a_second_run_over_the_same_outputs_stops_and_a_killed_one_locks_nobody_
     assert done[0] == 0, done[2]
 
 
-def test_degraded_images_that_another_run_replaced_are_not_trained_on(run, pairs, faces, places):
-    ru.degrade_folder(faces, places.degraded, dataclasses.replace(TINY, seed=1))
-    split = ru.split_pairs(pairs, run.settings)
-    with pytest.raises(ValueError, match="replaced by another run"):
-        ru.pretrain_generator(ru.build_generator(TINY), split.pretrain_train, split.pretrain_validation, run)
+def test_degraded_images_that_another_run_replaces_meanwhile_change_nothing(run, pairs, faces, places):
+    before = [images[0].clone() for images in ru.FaceRestorationGANDataset(pairs)]
+    other = ru.prepare_pairs(faces, places, dataclasses.replace(TINY, seed=1))
+    assert all(torch.equal(*both) for both in zip(before, (i[0] for i in ru.FaceRestorationGANDataset(pairs))))
+    assert not torch.equal(before[0], ru.FaceRestorationGANDataset(other)[0][0])
 
 
 LIMITED = """
@@ -351,7 +321,7 @@ def test_no_room_in_the_middle_of_a_run_and_then_room_again(run, pairs, faces, t
     def work(folder):
         if stage == "degrading":
             return ru.degrade_folder(faces, folder, TINY, workers=1)
-        moved = run._replace(places=dataclasses.replace(run.places, outputs=folder))
+        moved = run._replace(places=run.places._replace(outputs=folder))
         network = ru.build_generator(TINY)
         return ru.pretrain_generator(network, split.pretrain_train, split.pretrain_validation, moved)
 
@@ -434,15 +404,15 @@ READABLE = {  # name: content, shape as read
     **{f"exif_{o}.jpg": (rotated(o), (48, 64) if o < 5 else (64, 48)) for o in range(1, 9)},
 }
 REFUSED = {  # name: content, what the report says
-    "empty.jpg": (b"", "empty"),
+    "empty.jpg": (b"", "not an image"),
     "half.jpg": (encoded(rgb(), "JPEG", quality=95)[:-300], "truncated"),
     "text.jpg": (b"not a picture at all", "not an image"),
     "bomb.png": (png_header(60_000, 60_000), "too many pixels"),
     "bomb_with_wrong_text.png": (
         png_header(15_000, 15_000)[:33] + b"\0\0\0\x04tEXta\0bc????" + png_header(1, 1)[33:],
-        "too many pixels",
+        "cannot be read",
     ),
-    "windows.jpg": (b"\x01\0\0\0" + bytes(36) + b" EMF" + bytes(60), "not an image"),  # PIL divides by its zeros
+    "windows.jpg": (b"\x01\0\0\0" + bytes(36) + b" EMF" + bytes(60), "cannot be read"),  # PIL divides by its zeros
 }
 
 
@@ -451,7 +421,9 @@ def folder_of(tmp_path, contents):
         path = tmp_path / "faces" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    return ru.find_faces(TINY, ru.Places("t", tmp_path, tmp_path / "d"), {"FACES_DIR": str(tmp_path / "faces")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FACES_DIR", str(tmp_path / "faces"))
+        return ru.find_faces(TINY, ru.Places("t", tmp_path, tmp_path / "d"))
 
 
 @pytest.mark.parametrize("name", READABLE)
@@ -459,10 +431,10 @@ def test_a_strange_picture_is_degraded_loaded_and_restored(tmp_path, name):
     content, shape = READABLE[name]
     faces = folder_of(tmp_path, {name: content})
     report = ru.degrade_folder(faces, tmp_path / "d", TINY)
-    assert report == (1, 0, {})
+    assert report[:3] == (1, 0, {})
     assert {ru.read_image(path).shape for path in (tmp_path / "d").glob("*.jpg")} == {(*shape, 3)}
     pairs = ru.prepare_pairs(faces, ru.Places("t", tmp_path, tmp_path / "d"), TINY)
-    for degraded, original, info in ru.FaceRestorationGANDataset(pairs, TINY):
+    for degraded, original, info in ru.FaceRestorationGANDataset(pairs):
         assert degraded.shape == original.shape == (3, 256, 256) and info["hole"].shape == (1, 256, 256)
     result = ru.restore_image_gan(faces.files[0], tmp_path / "r.png", ru.build_generator(TINY))
     assert result.shape == (*shape, 3) and result.dtype == np.uint8
@@ -473,7 +445,7 @@ def test_a_bad_picture_is_one_line_and_the_rest_is_done(tmp_path, name):
     content, reason = REFUSED[name]
     faces = folder_of(tmp_path, {name: content, "good.jpg": READABLE["progressive.jpg"][0]})
     report = ru.degrade_folder(faces, tmp_path / "d", TINY)
-    assert report.made == 1 and list(report.failed) == [name] and reason in report.failed[name]
+    assert report.made == 1 and list(report.left_out) == [name] and reason in report.left_out[name]
     assert len([line for line in str(report).splitlines() if name in line]) == 1
     assert len(ru.prepare_pairs(faces, ru.Places("t", tmp_path, tmp_path / "d"), TINY)) == 3
     with pytest.raises(ValueError, match=name) as error:
@@ -481,21 +453,104 @@ def test_a_bad_picture_is_one_line_and_the_rest_is_done(tmp_path, name):
     assert reason in str(error.value) and not (tmp_path / "r.png").exists()
 
 
-def test_an_animation_is_its_first_picture_or_one_line(tmp_path):
+def test_an_animation_is_its_first_picture(tmp_path):
     faces = folder_of(tmp_path, {"moving.gif": animated(), "good.jpg": READABLE["progressive.jpg"][0]})
-    report = ru.degrade_folder(faces, tmp_path / "d", TINY)
-    if cv2.haveImageReader(str(tmp_path / "faces" / "moving.gif")):  # OpenCV before 4.11 does not read GIF
-        first = Image.open(io.BytesIO(animated())).convert("RGB")
-        assert report.made == 2 and np.array_equal(ru.open_image(faces.files[1]), first)
-    else:
-        assert report.made == 1 and "not an image" in report.failed["moving.gif"]
+    assert ru.degrade_folder(faces, tmp_path / "d", TINY).made == 2
+    assert np.array_equal(ru.open_image(faces.files[1]), Image.open(io.BytesIO(animated())).convert("RGB"))
 
 
-def test_hidden_files_loops_and_closed_folders(tmp_path, monkeypatch):
+def oriented(form, orientation, **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(rgb(), form, exif=exif, **options)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "AVIF", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_the_orientation_is_applied_for_every_format_by_the_loader_itself(tmp_path, form, orientation):
+    """Decoders differ, by version too: a WebP came back lying on its side, with Exif written with or without prefix."""
+    turned = {
+        1: lambda x: x,
+        3: lambda x: x[::-1, ::-1],
+        6: lambda x: np.rot90(x, -1),
+        7: lambda x: np.rot90(x, -1)[::-1],
+    }
+    for number, content in enumerate((oriented(form, orientation, quality=95), encoded(rgb(), form, quality=95))):
+        (tmp_path / f"{number}.{form.lower()}").write_bytes(content)
+    seen, plain = (ru.read_image(tmp_path / f"{number}.{form.lower()}") for number in (0, 1))
+    assert np.array_equal(seen, turned[orientation](plain))
+
+
+def test_damaged_exif_data_are_no_reason_to_refuse_a_picture(tmp_path):
+    content = oriented("JPEG", 6)
+    at = content.index(b"Exif")
+    (tmp_path / "a.jpg").write_bytes(content[: at + 6] + b"XX" + content[at + 8 :])
+    assert ru.read_image(tmp_path / "a.jpg").shape == (48, 64, 3)
+
+
+def scene():
+    """A picture that is flat at its lower right, as many are, and detailed elsewhere; RGB."""
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    picture[200:, 200:] = 240
+    return Image.fromarray(picture)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}, {"restart_marker_rows": 2}]
+)
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.97])
+def test_a_jpeg_of_which_a_part_is_missing_is_refused_although_it_has_an_end_marker(tmp_path, options, share):
+    whole = encoded(scene(), "JPEG", **options)
+    first = whole.index(b"\xff\xda") + 14
+    cut = whole[: first + int(share * (len(whole) - first))]
+    (tmp_path / "whole.jpg").write_bytes(whole)
+    assert ru.read_image(tmp_path / "whole.jpg").shape == (320, 400, 3)
+    for name, content in {"mended.jpg": cut + b"\xff\xd9", "two.jpg": cut + whole}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+            ru.read_image(tmp_path / name)
+    (tmp_path / "and_more.jpg").write_bytes(whole + encoded(rgb(), "JPEG"))  # as phones and 3D cameras write them
+    assert ru.read_image(tmp_path / "and_more.jpg").shape == (320, 400, 3)
+
+
+def old_tiff(bits):
+    """A grey TIFF of 2 or 4 bits, as old scanners wrote them: 8 x 4 px, all white but the first."""
+    pixels = bytes([0x3F if bits == 2 else 0x0F]) + b"\xff" * (4 * 8 * bits // 8 - 1)
+    entries = {256: 8, 257: 4, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 4, 279: len(pixels)}
+    directory = b"".join(
+        k.to_bytes(2, "little") + b"\3\0\1\0\0\0" + v.to_bytes(4, "little") for k, v in entries.items()
+    )
+    at = 8 + len(pixels)
+    start = b"II*\0" + at.to_bytes(4, "little") + pixels
+    return start + len(entries).to_bytes(2, "little") + directory + bytes(4)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_tiffs_of_old_scanners_are_read(tmp_path, bits):
+    (tmp_path / "a.tif").write_bytes(old_tiff(bits))
+    image = ru.read_image(tmp_path / "a.tif")
+    assert image.shape == (4, 8, 3) and image[0, 0].max() == 0 and image[1:].min() == 255
+
+
+def test_values_without_an_agreed_range_are_refused_with_what_to_do(tmp_path):
+    Image.fromarray(np.random.default_rng(0).random((5, 5), np.float32)).save(tmp_path / "a.tif")
+    Image.fromarray(np.full((5, 5), 10**9, np.int32)).save(tmp_path / "b.tif")
+    for name in ("a.tif", "b.tif"):
+        with pytest.raises(ValueError, match=rf"{name}.*neither of 8 nor of 16 bits.*save it from there as PNG"):
+            ru.read_image(tmp_path / name)
+
+
+def test_whatever_is_left_out_of_a_folder_is_listed_with_its_reason(tmp_path, monkeypatch):
     good = READABLE["progressive.jpg"][0]
-    folder_of(tmp_path, {"good.jpg": good, ".hidden.jpg": good, "._good.jpg": good, "closed/inner.jpg": good})
-    (tmp_path / "faces" / "loop").symlink_to(tmp_path / "faces")
-    (tmp_path / "faces" / "itself.jpg").symlink_to(tmp_path / "faces" / "itself.jpg")
+    names = ("good.jpg", ".hidden.jpg", "._good.jpg", "closed/inner.jpg", "a.jfif", "b.jpe", "c.mpo", "good_color.jpg")
+    folder_of(tmp_path, dict.fromkeys(names, good))
+    folder, elsewhere = tmp_path / "faces", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "linked.jpg").write_bytes(good)
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
+    os.mkfifo(folder / "pipe.jpg")
     scandir = os.scandir
 
     def closed(path):
@@ -505,13 +560,20 @@ def test_hidden_files_loops_and_closed_folders(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", closed)
     faces = folder_of(tmp_path, {"one.heic": b"?", "two.HEIC": b"?", "notes.txt": b"?", "caf\udce9.jpg": good})
-    assert faces.names == ["good.jpg", "itself.jpg"]
-    report = ru.degrade_folder(faces, tmp_path / "d", TINY)
-    assert report.made == 1 and report.failed["closed/"] == "Permission denied" and "itself.jpg" in report.failed
-    assert "closed/: Permission denied" in str(report) and "one.heic and 1 more: OpenCV does not" in str(report)
-    assert "caf\\udce9.jpg: the file's name is not Unicode" in str(report)
-    with pytest.raises(ValueError, match="convert it to JPEG"):
-        ru.read_image(tmp_path / "faces" / "one.heic")
+    assert faces.names == ["a.jfif", "b.jpe", "c.mpo", "good.jpg", "link/linked.jpg"]
+    report = str(ru.degrade_folder(faces, tmp_path / "d", TINY))
+    for line in (
+        "closed/: Permission denied",
+        "one.heic: .heic is not read; convert it to JPEG",
+        "two.HEIC: .heic is not read; convert it to JPEG",
+        "caf\\udce9.jpg: its name is not Unicode; rename it",
+        "loop/: a link to ./, which is there already",
+        "itself.jpg: not a file",
+        "pipe.jpg: not a file",
+        "good_color.jpg: taken for a degraded copy of good; rename it if it is none",
+    ):
+        assert f"  {line}\n" in report + "\n", line
+    assert len(faces.left_out) == 8
 
 
 def test_missing_halves_of_pairs_and_changed_originals(faces, places, pairs):
@@ -519,7 +581,7 @@ def test_missing_halves_of_pairs_and_changed_originals(faces, places, pairs):
     (places.degraded / "stranger_noisy.jpg").write_bytes(pairs[0].degraded.read_bytes())  # of no original: no pair
     faces.files[2].unlink()  # its degraded copies are no pairs any more
     ru.write_image(faces.files[3], np.zeros((64, 64, 3), np.uint8))  # degraded anew
-    fewer = ru.Faces(faces.folder, "", ru.list_images(faces.folder))
+    fewer = faces_in(faces.folder)
     again = ru.prepare_pairs(fewer, places, TINY)
     assert {pair.name for pair in again} == set(faces.names) - {"face_2.jpg"} and len(again) == 27
     assert all(pair.degraded.exists() for pair in again)
@@ -527,13 +589,14 @@ def test_missing_halves_of_pairs_and_changed_originals(faces, places, pairs):
     assert ru.read_image(black.degraded).max() == 0
 
 
-def test_results_below_the_faces_are_not_taken_for_faces(tmp_path):
+def test_results_below_the_faces_are_not_taken_for_faces(tmp_path, monkeypatch):
     good = READABLE["progressive.jpg"][0]
     folder_of(tmp_path, {"good.jpg": good, "results/comparison_batch_1.png": good})
     places = ru.Places("t", tmp_path / "faces" / "results", tmp_path / "d")
-    assert ru.find_faces(TINY, places, {"FACES_DIR": str(tmp_path / "faces")}).names == ["good.jpg"]
+    monkeypatch.setenv("FACES_DIR", str(tmp_path / "faces"))
+    assert ru.find_faces(TINY, places).names == ["good.jpg"]
     with pytest.raises(ValueError, match="same folder"):
-        ru.find_faces(TINY, ru.Places("t", tmp_path / "faces", tmp_path), {"FACES_DIR": str(tmp_path / "faces")})
+        ru.find_faces(TINY, ru.Places("t", tmp_path / "faces", tmp_path))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -560,20 +623,6 @@ class Payload:
         return (Path.touch, (Path(self.trace),))
 
 
-def repeat_entry(path):
-    """Rewrites an archive so that all its large entries are the same bytes of it: 4 MB that unpack to 160."""
-    with zipfile.ZipFile(path) as whole:
-        kept = {e.filename: whole.read(e) for e in whole.infolist()}
-    large = sorted(name for name, content in kept.items() if len(content) > 10**6)
-    with zipfile.ZipFile(path, "w") as bomb:
-        for name in [n for n in kept if n not in large[1:]]:
-            bomb.writestr(name, kept[name])
-        for name in large[1:]:
-            entry = copy.copy(bomb.getinfo(large[0]))
-            entry.filename = entry.orig_filename = name
-            bomb.filelist.append(entry)
-
-
 def hostile(kind, path, run):
     """Writes a checkpoint that no one should trust."""
     weights = ru.build_generator(TINY).state_dict()
@@ -584,19 +633,6 @@ def hostile(kind, path, run):
         torch.save(good | {"generator": weights | {"x": Payload(path.with_suffix(".trace"))}}, path)
     elif kind == "payload in settings":
         torch.save(good | {"generator": weights, "settings": Payload(path.with_suffix(".trace"))}, path)
-    elif kind == "zip bomb":
-        torch.save(good | {"generator": weights | {"x": torch.zeros(2**26)}}, path)
-        with zipfile.ZipFile(path) as plain, zipfile.ZipFile(path.with_suffix(".z"), "w", zipfile.ZIP_DEFLATED) as bomb:
-            for entry in plain.infolist():
-                bomb.writestr(entry.filename, plain.read(entry))
-        path.with_suffix(".z").replace(path)
-    elif kind == "one entry many times":
-        torch.save(good | {"generator": weights | {f"x{n}": torch.zeros(10**6) + n for n in range(40)}}, path)
-        repeat_entry(path)
-    elif kind == "many from few":
-        torch.save(good | {"generator": weights | {"x": torch.zeros(1).expand(2**40)}}, path)
-    elif kind == "claimed width":  # would take 1.4 GB
-        torch.save(good | {"generator": weights, "settings": good["settings"] | {"width": 160}}, path)
     elif kind == "other architecture":
         torch.save(good | {"generator": torch.nn.Linear(2, 2).state_dict()}, path)
     elif kind == "other width":
@@ -604,12 +640,8 @@ def hostile(kind, path, run):
         torch.save(good | {"generator": other}, path)
     elif kind == "NaN":
         torch.save(good | {"generator": {k: v.float() * float("nan") for k, v in weights.items()}}, path)
-    elif kind == "infinite once it is loaded":
-        torch.save(good | {"generator": {k: v.double() * 1e300 for k, v in weights.items()}}, path)
     elif kind == "extra weights":
         torch.save(good | {"generator": weights | {"extra": torch.zeros(1)}}, path)
-    elif kind == "extra content":
-        torch.save(good | {"generator": weights, "extra": 1}, path)
     elif kind == "flipped bits":
         torch.save(good | {"generator": weights}, path)
         content = bytearray(path.read_bytes())
@@ -617,11 +649,6 @@ def hostile(kind, path, run):
         path.write_bytes(content)
     elif kind == "settings that are none":
         torch.save(good | {"generator": weights, "settings": {"width": "wide"}}, path)
-    elif kind == "settings that grow":
-        laughs = ["ha"]
-        for _ in range(40):
-            laughs = [laughs, laughs]
-        torch.save(good | {"generator": weights, "settings": good["settings"] | {"seed": laughs}}, path)
     elif kind in NO_WEIGHTS:
         torch.save(good | {"generator": NO_WEIGHTS[kind]}, path)
     else:
@@ -629,32 +656,18 @@ def hostile(kind, path, run):
         path.write_bytes(path.read_bytes()[: 10 if kind == "ten bytes" else -2000])
 
 
-NO_WEIGHTS = {
-    "no weights, None": None,
-    "no weights, list": [1, 2, 3],
-    "no weights, number": 5,
-    "no weights, sparse": {"a": torch.zeros(3).to_sparse()},
-    "no weights, complex": {"a": torch.zeros(3, dtype=torch.complex64)},
-    "no weights, numbered": {1: torch.zeros(3)},
-}
+NO_WEIGHTS = {"no weights, None": None, "no weights, list": [1, 2, 3], "no weights, number": 5}
 HOSTILE = {  # kind: what the error says
     "pickle": "no checkpoint file",
     "payload in weights": "holds more than numbers",
     "payload in settings": "holds more than numbers",
-    "zip bomb": "unpack to more",
-    "one entry many times": "unpack to more",
-    "many from few": "larger than the file",
-    "claimed width": "do not fit",
-    "other architecture": "do not fit",
-    "other width": "do not fit",
+    "other architecture": "Error.* in loading state_dict",
+    "other width": "Error.* in loading state_dict",
     "NaN": "not finite",
-    "infinite once it is loaded": "no tensors of ours",
-    "extra weights": "do not fit",
-    "extra content": "holds 'extra'",
+    "extra weights": "Error.* in loading state_dict",
     "flipped bits": "checksum",
     "settings that are none": "damaged, or made by another version",
-    "settings that grow": "setting 'seed' is strange",
-    **dict.fromkeys(NO_WEIGHTS, "tensors of ours|larger than the file"),
+    **dict.fromkeys(NO_WEIGHTS, "not a checkpoint of this project, or damaged"),
     "ten bytes": "cut short",
     "truncated": "cut short",
 }
@@ -664,11 +677,9 @@ HOSTILE = {  # kind: what the error says
 def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_of_it_runs(run, tmp_path, kind):
     path = tmp_path / "stranger.pth"
     hostile(kind, path, run)
-    before = most_memory()
     with pytest.raises(ValueError, match=rf"stranger\.pth: .*({HOSTILE[kind]})"):
         ru.load_generator(path)
     assert not path.with_suffix(".trace").exists()
-    assert most_memory(forget=False) - before < 100e6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -691,12 +702,12 @@ def test_gradients_that_are_not_finite_stop_the_training_before_anything_is_save
         """The last step of the second epoch leaves weights behind that its own losses do not show."""
         losses = step(network, optimizer, *batch)
         calls.append(1)
-        if len(calls) == 2 * -(-len(split.gan_train) // run.settings.gan_batch):
+        if len(calls) == 2 * (len(split.gan_train) // run.settings.gan_batch):
             optimizer.param_groups[0]["params"][0].data[0] = float("inf")
         return losses
 
     monkeypatch.setattr(ru, "generator_step", poisoned)
-    with pytest.raises(FloatingPointError, match="epoch 2: weights of the generator"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         ru.train_gan(generator, discriminator, split.gan_train, split.gan_validation, run)
     assert len(ru.load_checkpoint(run.outputs / "gan_last.pth")["history"]) == 1
 
@@ -722,8 +733,8 @@ def test_a_last_batch_of_one_and_a_batch_larger_than_all(run, pairs, plain):
 
 @pytest.mark.parametrize("level", [0, 255])
 def test_all_black_and_all_white_pictures(tmp_path, level):
-    flat = encoded(Image.new("L", (64, 64), level), "PNG")
-    faces = folder_of(tmp_path, {f"{i}.png": flat for i in range(6)})
+    flat = {f"{i}.png": encoded(Image.new("L", (60 + i, 64), level), "PNG") for i in range(6)}
+    faces = folder_of(tmp_path, flat)
     places = ru.Places("t", tmp_path / "o", tmp_path / "o" / "d")
     pairs = ru.prepare_pairs(faces, places, TINY)
     run = ru.Run(TINY, places, torch.device("cpu"), ru.faces_id(pairs))
@@ -783,7 +794,7 @@ def test_any_file_name_is_found_read_and_degraded(tmp_path, stem, suffix):
         return
     faces = folder_of(tmp_path, {name: encoded(rgb(), "PNG")})  # what is in it counts, not what it is called
     assert faces.names == [name]
-    assert ru.degrade_folder(faces, tmp_path / "d", TINY) == (1, 0, {})
+    assert ru.degrade_folder(faces, tmp_path / "d", TINY)[:3] == (1, 0, {})
     assert len(list((tmp_path / "d").glob("*.jpg"))) == 3
 
 
@@ -833,7 +844,7 @@ def resident():
 
 
 MANY = """
-import dataclasses, io, sys
+import dataclasses, io, os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from PIL import Image
@@ -841,6 +852,7 @@ from conftest import TINY
 import restoration_utils as ru
 from test_faults import most_memory
 settings, used = dataclasses.replace(TINY, max_faces=None), []
+ru.IMAGE_SIZE = 16  # what is on the disk is not the question here
 picture = io.BytesIO()
 Image.new("RGB", (8, 8)).save(picture, "PNG")
 for count in (500, 20_000):
@@ -849,7 +861,8 @@ for count in (500, 20_000):
     for number in range(count):
         (folder / "faces" / f"portrait_{{number:05d}}.png").write_bytes(picture.getvalue())
     before, places = most_memory(), ru.Places("t", folder, folder / "d")
-    faces = ru.find_faces(settings, places, {{"FACES_DIR": str(folder / "faces")}})
+    os.environ["FACES_DIR"] = str(folder / "faces")
+    faces = ru.find_faces(settings, places)
     splits = ru.split_pairs(ru.prepare_pairs(faces, places, settings), settings)
     assert len(splits.pretrain_train) == 3 * count * 4 // 5
     used.append(most_memory(forget=False) - before)

@@ -53,7 +53,7 @@ def test_every_skip_matters():
         return torch.cat([x[:, : x.shape[1] // 2], torch.zeros_like(x[:, x.shape[1] // 2 :])], 1), *rest
 
     with torch.no_grad():
-        generator.output.parts.weight.normal_()
+        generator.output.propose.weight.normal_()
         before = generator(image)
         for layer in [*generator.decoder[1:], generator.output]:
             handle = layer.register_forward_pre_hook(without_skip)
@@ -121,7 +121,7 @@ def output_layer_with(grain=0.0, hole=-20.0, brightness=0.0):
     """An output layer whose heads say what they are told to, and whose U-Net says nothing."""
     layer = ru.OutputLayer(4, 4)
     with torch.no_grad():
-        layer.parts.weight.zero_()
+        layer.propose.weight.zero_()
         layer.recolor.gains[-1].bias[0] = brightness
     layer.grain.forward = lambda degraded: torch.full_like(degraded, grain)
     layer.detect.forward = lambda degraded: hole * torch.ones_like(degraded[:, :1])
@@ -143,12 +143,12 @@ def test_the_output_layer_denoises_then_recolours_then_fills_holes_from_around()
     filled = output_layer_with(hole=hole)(features, grey)
     assert torch.allclose(filled.restored, torch.full_like(grey, 0.3), atol=1e-4)
     unsure = output_layer_with(hole=hole.clamp(-20, 0.1))(features, grey)  # even then, a hole is not filled with itself
-    assert torch.allclose(unsure.fill, torch.full_like(grey, 0.3), atol=1e-4)
+    assert torch.allclose(unsure.repainted, torch.full_like(grey, 0.3), atol=1e-4)
 
 
 def test_what_is_painted_into_holes_does_not_teach_the_detector():
     restoration = ru.build_generator(TINY).restore(torch.rand(1, 3, 256, 256) - 0.5)
-    (gradient,) = torch.autograd.grad(restoration.fill.sum(), restoration.hole, allow_unused=True)
+    (gradient,) = torch.autograd.grad(restoration.repainted.sum(), restoration.hole, allow_unused=True)
     assert gradient is None
 
 
@@ -162,13 +162,13 @@ def test_the_plain_generator_is_the_recipe_as_commonly_written():
     assert restoration.restored.abs().max() < 1
 
 
-def test_plain_is_a_setting_of_every_profile():
+def test_plain_is_a_setting_of_every_profile(monkeypatch):
     for name, profile in ru.PROFILES.items():
-        plain = ru.choose_settings(torch.device("cpu"), {"RESTORATION_PROFILE": name, "RESTORATION_PLAIN": "1"})
-        assert plain == dataclasses.replace(profile, plain=True, ema=0.5)
-        off = {"parts_weight", "ema", "shift"}
-        changed = {"plain": True} | dict.fromkeys(off, 0)
-        assert dataclasses.asdict(plain) == dataclasses.asdict(profile) | changed
+        monkeypatch.setenv("RESTORATION_PROFILE", name)
+        monkeypatch.setenv("RESTORATION_PLAIN", "1")
+        plain = dataclasses.asdict(ru.choose_settings(torch.device("cpu")))
+        changed = {"plain": True} | dict.fromkeys(("heads_weight", "ema", "shift"), 0)
+        assert plain == dataclasses.asdict(profile) | changed
     assert not any(profile.plain for profile in ru.PROFILES.values())
 
 
@@ -262,7 +262,7 @@ def test_building_is_seeded_and_leaves_the_global_random_state_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_joined_is_the_convolution_of_the_concatenation():
+def test_convolving_both_is_the_convolution_of_the_concatenation():
     convolution, features, images = torch.nn.Conv2d(7, 5, 3, padding=1), torch.rand(2, 4, 8, 8), torch.rand(2, 3, 8, 8)
     expected = convolution(torch.cat([features, images], 1))
-    assert torch.allclose(ru.joined(convolution, features, images), expected, atol=1e-6)
+    assert torch.allclose(ru.convolve_both(convolution, features, images), expected, atol=1e-6)

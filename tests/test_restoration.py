@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import peak_signal_noise_ratio
 
 import restoration_utils as ru
 
@@ -31,37 +31,39 @@ def photo(height=80, width=120):
     return np.stack([60 + 100 * x / width, 80 + 90 * y / height, 200 - 100 * x / width], -1).astype(np.uint8)
 
 
-def test_metrics_agree_with_scikit_image_on_clipped_8_bit_values():
+def reference_ssim(x, y):
+    """Wang et al. 2004 on one channel: Gaussian windows of 11 px, sigma 1.5, only where they lie in the picture."""
+    kernel = cv2.getGaussianKernel(11, 1.5)
+
+    def mean(z):
+        return cv2.sepFilter2D(z, cv2.CV_64F, kernel, kernel)[5:-5, 5:-5]
+
+    mx, my = mean(x), mean(y)
+    variances, covariance = mean(x * x) - mx**2 + mean(y * y) - my**2, mean(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return ((2 * mx * my + c1) * (2 * covariance + c2) / ((mx**2 + my**2 + c1) * (variances + c2))).mean()
+
+
+def test_metrics_agree_with_independent_ones_on_clipped_8_bit_values():
     generator = torch.Generator().manual_seed(0)
-    original = torch.rand(3, 3, 64, 64, generator=generator) * 2 - 1
+    smooth = torch.nn.functional.interpolate(torch.rand(3, 3, 8, 8, generator=generator) * 2 - 1, size=64)
+    original = smooth + 0.1 * torch.randn(3, 3, 64, 64, generator=generator)
     restored = original + 0.3 * torch.randn(3, 3, 64, 64, generator=generator)  # leaves [-1, 1]
+    restored[..., :5, :] = -original[..., :5, :]  # at the border implementations differ
     ours = ru.image_metrics(restored, original)
     for i in range(3):
-        a, b = (np.rint((np.clip(t[i].permute(1, 2, 0).numpy(), -1, 1) + 1) * 127.5).astype(np.uint8)
-                for t in (restored, original))  # fmt: skip
-        ssim = structural_similarity(
-            a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
-        assert ours["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(b, a), abs=1e-3)
-        assert ours["ssim"][i].item() == pytest.approx(ssim, abs=2e-2)  # the borders are treated differently
-        assert ours["l1"][i].item() == pytest.approx(np.abs(a.astype(float) - b).mean(), abs=1e-6)
+        a, b = (np.rint((np.clip(t[i].permute(1, 2, 0).numpy(), -1, 1) + 1) * 127.5) for t in (restored, original))
+        ssim = np.mean([reference_ssim(a[..., c], b[..., c]) for c in range(3)])
+        assert ours["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(b, a, data_range=255), abs=1e-6)
+        assert ours["ssim"][i].item() == pytest.approx(ssim, abs=1e-4)
+        assert ours["l1"][i].item() == pytest.approx(np.abs(a - b).mean(), abs=1e-6)
 
 
-def test_identical_images_have_infinite_psnr_and_ssim_1():
+def test_identical_images_have_infinite_psnr_and_ssim_1(recwarn):
     metrics = ru.image_metrics(torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 64, 64))
     assert torch.isinf(metrics["psnr"]).all() and torch.allclose(metrics["ssim"], torch.ones(2).double())
-
-
-def test_bootstrap_interval_covers_the_normal_one():
-    values = np.random.default_rng(0).normal(2, 1, 400)
-    mean, low, high = ru.mean_interval(values)
-    assert mean == pytest.approx(values.mean())
-    half = 1.96 * values.std() / 20
-    assert low == pytest.approx(mean - half, abs=0.02) and high == pytest.approx(mean + half, abs=0.02)
-
-
-def test_one_value_has_no_bounds():
-    assert ru.mean_interval([3.0]) == (3.0, -np.inf, np.inf)
+    assert all(values.shape == (2,) and values.dtype == torch.double for values in metrics.values())
+    assert not [warning for warning in recwarn if warning.category is RuntimeWarning]
 
 
 def test_comparison_restores_the_mode_and_saves(run, pairs):
@@ -130,7 +132,40 @@ def test_in_holes_only_the_networks_own_picture_counts(tmp_path):
     ru.write_image(tmp_path / "a.png", sharp)
     result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Filler())
     assert np.abs(result[:250, :250].astype(int) - 128).max() <= 1  # no speckle of the hole is left
-    assert np.abs(result[:, 260:].astype(int) - sharp[:, 260:]).max() <= 1
+    assert np.abs(result[:, 262:].astype(int) - sharp[:, 262:]).max() <= 1
+
+
+@pytest.mark.parametrize("levels", [0.4, 0.6])
+def test_values_are_rounded_to_8_bits_and_not_cut_off(tmp_path, levels):
+    grey = torch.full((1, 3, 8, 8), (100 + levels) / 127.5 - 1)
+    assert ru.to_pixels(grey).unique().tolist() == [round(100 + levels)]
+    ru.write_image(tmp_path / "a.png", np.full((256, 256, 3), 100, np.uint8))
+
+    class Brighter(Darker):
+        def forward(self, images):
+            return images + levels / 127.5 + 0 * self.amount
+
+    result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Brighter())
+    assert np.unique(result).tolist() == [round(100 + levels)]
+
+
+class SoftEdged(Darker):
+    """Finds the white square of `test_no_ghost...` and is half sure of its outermost pixel; paints grey over it."""
+
+    def restore(self, images):
+        hole = torch.full_like(images[:, :1], -20.0)
+        hole[..., 49:101, 49:101], hole[..., 50:100, 50:100] = 0.0, 20.0
+        covered = hole.sigmoid()
+        return ru.Restoration((1 - covered) * images, hole=hole)
+
+
+def test_no_ghost_of_a_holes_outline_is_left_around_it(tmp_path):
+    picture = np.full((512, 512, 3), 128, np.uint8)
+    picture[99:201, 99:201] = 255  # half a pixel wider than 50 to 100 in the network's picture
+    ru.write_image(tmp_path / "a.png", picture)
+    result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", SoftEdged()).astype(int)
+    ring = np.abs(result - 128).max(axis=2)[90:210, 90:210]
+    assert ring.max() < 40  # what a half-covered pixel of the network's own picture may keep, and no outline beside it
 
 
 def test_the_networks_own_picture_on_request_keeps_the_aspect(tmp_path):
@@ -146,7 +181,7 @@ def test_a_clean_photo_loses_no_more_than_in_the_network_itself(tmp_path):
     torch.manual_seed(0)
     generator = ru.build_generator(TINY).eval()
     with torch.no_grad():
-        generator.output.parts.weight[:3] *= 10  # or the untrained network would hardly change the photo
+        generator.output.propose.weight[:3] *= 10  # or the untrained network would hardly change the photo
     picture = cv2.GaussianBlur(ru.draw_portrait(np.random.default_rng(3), 512), (0, 0), 0.5)
     ru.write_image(tmp_path / "a.png", picture)
     result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", generator)

@@ -49,14 +49,14 @@ def gradient_step(network, loss):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_parts(run, batch, weight):
-    run = with_settings(run, parts_weight=weight)
+def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_heads(run, batch, weight):
+    run = with_settings(run, heads_weight=weight)
     generator = ru.build_generator(run.settings)
     reference = copy.deepcopy(generator)
     restoration = reference.restore(batch[0])
     error = restoration.restored - batch[1]
-    parts = ru.parts_loss(restoration, batch[1], batch[2]["hole"])
-    expected = gradient_step(reference, error.abs().mean() + 0.1 * error.pow(2).mean() + weight * parts)
+    heads = ru.heads_loss(restoration, batch[1], batch[2]["hole"])
+    expected = gradient_step(reference, error.abs().mean() + 0.1 * error.pow(2).mean() + weight * heads)
     optimizer = torch.optim.SGD(generator.parameters(), 1.0)
     for parameter in generator.parameters():
         parameter.grad = torch.ones_like(parameter)  # must be cleared by the step
@@ -64,15 +64,15 @@ def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_parts(run, batch
     assert all(torch.allclose(p, e, atol=1e-6) for p, e in zip(generator.parameters(), expected))
 
 
-def test_parts_loss_supervises_colour_outside_holes_detection_and_fill_inside(batch):
+def test_heads_loss_supervises_colour_outside_holes_detection_and_fill_inside(batch):
     restoration = ru.build_generator(TINY).restore(batch[0])
     original, p, hole = batch[1], restoration.hole.sigmoid(), torch.zeros(2, 1, 256, 256)
     hole[:, :, 49:91, 59:101] = 1  # one pixel more than in the batch, whose corners are at 50 and 60
     batch[2]["hole"][:, :, 50, 60:100] = 0.1  # touched is touched
     entropy = -(hole * p.log() + (1 - hole) * (1 - p).log()).mean()
-    fill = 10 * (hole * (restoration.fill - original).abs()).sum() / original.numel()
+    repaint = 10 * (hole * (restoration.repainted - original).abs()).sum() / original.numel()
     recolor = ((1 - hole) * (restoration.recolored - original).abs()).sum() / original.numel()
-    assert torch.isclose(ru.parts_loss(restoration, original, batch[2]["hole"]), entropy + fill + recolor, atol=1e-5)
+    assert torch.isclose(ru.heads_loss(restoration, original, batch[2]["hole"]), entropy + repaint + recolor, atol=1e-5)
 
 
 def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch):
@@ -85,7 +85,7 @@ def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch)
     for parameter in discriminator.parameters():
         parameter.grad = torch.ones_like(parameter)  # of a step before, to be forgotten
     optimizer = torch.optim.SGD(discriminator.parameters(), 1.0)
-    ru.discriminator_step(discriminator, optimizer, batch[0], restored, batch[1], FLOAT32)
+    ru.discriminator_step(discriminator, optimizer, (batch[0], restored, batch[1]), FLOAT32)
     assert all(torch.allclose(p, e, atol=1e-5) for p, e in zip(discriminator.parameters(), expected))
     assert same(before, generator.state_dict()) and all(p.grad is None for p in generator.parameters())
 
@@ -101,7 +101,7 @@ def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminat
     optimizer = torch.optim.SGD(generator.parameters(), 1.0)
     for parameter in generator.parameters():
         parameter.grad = torch.ones_like(parameter)  # of a step before, to be forgotten
-    ru.generator_step(discriminator, optimizer, batch[0], generator(batch[0]), batch[1], TINY, FLOAT32)
+    ru.generator_step(discriminator, optimizer, (batch[0], generator(batch[0]), batch[1]), 100.0, FLOAT32)
     assert all(torch.allclose(p, e, atol=1e-4) for p, e in zip(generator.parameters(), expected))
     assert same(before, discriminator.state_dict())
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
@@ -116,11 +116,14 @@ def test_shifted_rolls_all_by_the_same_random_amount_below_the_limit(batch):
         seen |= set(amounts)
     assert len(seen) == 9
     assert all(torch.equal(*both) for both in zip(ru.shifted(batch[:2], 0, rng), batch[:2]))
+    last = [image.to(memory_format=torch.channels_last) for image in batch[:2]]
+    for image in ru.shifted(last, 3, rng):  # rolling alone may lose it
+        assert image.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_both_steps_of_the_gan_get_shifted_pairs_the_plain_recipe_as_they_are(run, pairs, monkeypatch, plain):
-    run = with_settings(run, gan_epochs=1, shift=5, plain=plain)
+    run = with_settings(run, gan_epochs=1, **(ru.PLAIN if plain else {"shift": 5}))
     shifted, seen, rngs = [], [], []
     steps = ru.discriminator_step, ru.generator_step
 
@@ -131,11 +134,12 @@ def test_both_steps_of_the_gan_get_shifted_pairs_the_plain_recipe_as_they_are(ru
         return shifted[-1]
 
     monkeypatch.setattr(ru, "shifted", shift)
-    monkeypatch.setattr(ru, "discriminator_step", lambda *a: seen.append(a[2:5]) or steps[0](*a))
-    monkeypatch.setattr(ru, "generator_step", lambda *a: seen.append(a[2:5]) or steps[1](*a))
+    monkeypatch.setattr(ru, "discriminator_step", lambda *a: seen.append(a[2]) or steps[0](*a))
+    monkeypatch.setattr(ru, "generator_step", lambda *a: seen.append(a[2]) or steps[1](*a))
     train = ru.split_pairs(pairs, run.settings).gan_train
     train_gan(run, pairs)
-    loader = ru.make_loader(train, run.settings.gan_batch, run.settings, run.device, "gan")
+    order = ru.training_order(len(train), run.settings, "gan", 1)
+    loader = ru.make_loader(train, run.settings.gan_batch, run.device, order)
     assert len(seen) == 2 * len(shifted) == 2 * len(loader) and len(set(rngs)) == len(rngs)
     for number, (degraded, original, _) in enumerate(loader):
         for given in seen[2 * number : 2 * number + 2]:
@@ -146,19 +150,19 @@ def test_both_steps_of_the_gan_get_shifted_pairs_the_plain_recipe_as_they_are(ru
 
 
 def test_means_count_images_not_batches():
-    means = ru.Means()
+    means = ru.Means("here")
     means.add({"l1": torch.tensor(1.0)}, 8)
     means.add({"l1": torch.tensor(4.0)}, 1)
-    assert means.result("here")["l1"] == pytest.approx(12 / 9)
+    assert means.result()["l1"] == pytest.approx(12 / 9)
     means.add({"l1": torch.tensor(float("nan"))}, 1)
     with pytest.raises(FloatingPointError, match="here"):
-        means.result("here")
+        means.result()
 
 
 def test_validation_is_in_eval_mode_and_changes_nothing(run, pairs):
     generator = ru.build_generator(TINY).train()
     before = copy.deepcopy(generator.state_dict())
-    loader = ru.make_loader(pairs[:5], 4, TINY, run.device)
+    loader = ru.make_loader(pairs[:5], 4, run.device)
     result = ru.validation_losses(generator, loader, run.device)
     assert generator.training and same(before, generator.state_dict())
     generator.eval()
@@ -173,10 +177,10 @@ def test_validation_is_in_eval_mode_and_changes_nothing(run, pairs):
 @pytest.mark.parametrize(("stage", "plain"), [("pretrain", False), ("gan", False), ("gan", True)])  # with its dropout
 def test_four_epochs_equal_two_and_two_more_bit_for_bit(run, pairs, places, tmp_path, stage, plain):
     train, key = (pretrain, "pretrain_epochs") if stage == "pretrain" else (train_gan, "gan_epochs")
-    run = with_settings(run, plain=plain, mixed_precision=not plain)
+    run = with_settings(run, mixed_precision=not plain, **(ru.PLAIN if plain else {}))
     whole = with_settings(run, **CHANGES)
     train(whole, pairs)
-    moved = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "second"))
+    moved = run._replace(places=places._replace(outputs=tmp_path / "second"))
     train(with_settings(moved, **CHANGES | {key: 2}), pairs)
     torch.rand(100)  # the global random state must not matter
     train(with_settings(moved, **CHANGES), pairs)
@@ -201,18 +205,18 @@ def test_mixed_precision_restores_and_learns_what_float32_does(run, dtype):
     clean = torch.stack([ru.image_transform()(ru.to_pil(np.roll(face, shift, 1))) for shift in (0, 30, 60, 90)])
     degraded = (clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
     info, results = {"hole": torch.zeros(4, 1, 256, 256)}, []
-    for precision in (FLOAT32, precision_of(dtype)):
+    for precision, of_d in ((FLOAT32, FLOAT32), (precision_of(dtype), precision_of(dtype))):
         generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
         optimizers = [ru.adam(network, 1e-3) for network in (generator, discriminator)]
         this, losses = with_settings(run, width=8), []
         for _ in range(8):
             losses.append(ru.pretrain_step(generator, optimizers[0], (degraded, clean, info), this, precision))
         for _ in range(4):
-            with precision.forward():
+            with precision.forward(generator):
                 restored = generator(degraded)
             assert restored.dtype == torch.float32
-            step = ru.discriminator_step(discriminator, optimizers[1], degraded, restored, clean, precision)
-            step |= ru.generator_step(discriminator, optimizers[0], degraded, restored, clean, settings, precision)
+            step = ru.discriminator_step(discriminator, optimizers[1], (degraded, restored, clean), of_d)
+            step |= ru.generator_step(discriminator, optimizers[0], (degraded, restored, clean), 100.0, precision)
             losses.append(step)
         results.append([{name: value.item() for name, value in step.items()} for step in losses])
     for exact, mixed in zip(*results):
@@ -220,17 +224,32 @@ def test_mixed_precision_restores_and_learns_what_float32_does(run, dtype):
     assert results[0][7]["l1"] < results[0][0]["l1"]
 
 
-def test_gradients_that_overflow_for_good_stop_the_training(run, pairs, monkeypatch):
+def test_gradients_that_overflow_for_good_stop_the_training():
     precision = precision_of(torch.float16)
-    assert not precision.has_collapsed()
     optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.ones(1))], 1.0)
-    for _ in range(25):
+    for _ in range(10):
         precision.update(optimizer, weight.sum() * torch.inf)
-    assert precision.has_collapsed() and not FLOAT32.has_collapsed()
-    monkeypatch.setattr(ru.Precision, "has_collapsed", lambda self: True)
-    with pytest.raises(FloatingPointError, match="the gradients"):
-        pretrain(run, pairs)
-    assert not (run.outputs / "pretrain_last.pth").exists()
+    with pytest.raises(FloatingPointError, match="the gradients are not finite"):
+        for _ in range(15):
+            precision.update(optimizer, weight.sum() * torch.inf)
+
+
+def test_a_forward_pass_that_overflows_leaves_batch_norm_as_it_was():
+    network, precision = (
+        torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2)),
+        precision_of(torch.float16),
+    )
+    optimizer = torch.optim.SGD(network.parameters(), 1e-3)
+    for factor, same_as_before in ((1, False), (1e6, True), (1, False)):
+        before = copy.deepcopy(network.state_dict())
+        with torch.no_grad(), precision.forward(network):  # a batch that only the discriminator learns from
+            network(factor * torch.rand(2, 3, 8, 8))
+        with precision.forward(network):
+            loss = network(factor * torch.rand(2, 3, 8, 8)).float().sum()
+        precision.update(optimizer, loss)
+        after = network.state_dict()
+        assert not ru.not_finite({"generator": after})
+        assert torch.equal(before["1.running_var"], after["1.running_var"]) == same_as_before
 
 
 def test_mixed_precision_sees_grain_of_less_than_a_grey_level_as_float32_does():
@@ -249,7 +268,7 @@ def test_mixed_precision_leaves_out_a_step_whose_gradients_overflow():
     precision.update(optimizer, network(torch.ones(1, 1)).sum())
     assert network.weight.item() == pytest.approx(before["weight"].item() - 1)  # unscaled again
     other = precision_of(torch.float16)
-    other.load_state_dict(precision.state_dict())
+    other.scaler.load_state_dict(precision.scaler.state_dict())
     assert other.scaler.get_scale() == precision.scaler.get_scale()
 
 
@@ -258,16 +277,83 @@ def test_a_training_says_when_it_ends_and_stops_within_its_time(run, pairs, plac
     train = pretrain if stage == "pretrain" else train_gan
     train(with_settings(run, **CHANGES), pairs)
     whole = capsys.readouterr().out
-    assert whole.count("more minutes for all epochs, until") == 1 and "stopped" not in whole
-    moved = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "second"))
+    assert whole.count("about 1 more minute, until") == 1 and "stopped" not in whole
+    moved = run._replace(places=places._replace(outputs=tmp_path / "second"))
     train(with_settings(moved, **CHANGES, time_budget=1e-9), pairs)
     assert f"{stage}: stopped after epoch 1 of 4" in capsys.readouterr().out
     assert len(ru.load_checkpoint(moved.outputs / f"{stage}_last.pth")["history"]) == 1
     train(with_settings(moved, **CHANGES), pairs)
     one, two = (ru.load_checkpoint(r.outputs / f"{stage}_last.pth") for r in (run, moved))
     assert same(one["average"], two["average"]) and len(two["history"]) == 4
-    assert ru.hours_allowed(run) == np.inf
-    assert ru.hours_allowed(run._replace(places=dataclasses.replace(places, platform="Kaggle"))) == 11
+
+
+@pytest.mark.parametrize(("hours", "epochs"), [(10.0, 4), (10.9999, 1)])
+def test_kaggles_hours_are_counted_from_the_start_of_its_machine_and_not_of_each_training(
+    run, pairs, places, monkeypatch, hours, epochs
+):
+    class Machine:
+        def __init__(self, pid):
+            assert pid == 1  # the first process of Kaggle's container
+
+        def create_time(self):
+            return ru.time.time() - hours * 3600
+
+    monkeypatch.setattr(ru.psutil, "Process", Machine)
+    seconds = iter(range(0, 1000, 5))
+    monkeypatch.setattr(ru.time, "perf_counter", lambda: next(seconds))  # an epoch takes at least five
+    on_kaggle = run._replace(places=places._replace(platform="Kaggle"))
+    _, history = pretrain(with_settings(on_kaggle, **CHANGES), pairs)
+    assert len(history) == epochs
+
+
+def test_the_average_reaches_back_less_far_over_the_first_steps():
+    """Otherwise a short training saves weights that have hardly left their first values."""
+    network = torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        network.weight.fill_(1.0)
+    average, expected = ru.average_of(network, 0.9), 1.0
+    average.update_parameters(network)
+    with torch.no_grad():
+        network.weight.fill_(0.0)
+    for updates in range(1, 120):
+        average.update_parameters(network)
+        expected *= min(0.9, (1 + updates) / (10 + updates))
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
+        if updates == 32:
+            assert expected < 1e-6
+    assert ru.average_of(network, 0.0).multi_avg_fn is not None
+
+
+def test_every_optimizer_gets_its_settings(run, pairs, monkeypatch):
+    made, adam = [], ru.adam
+
+    def recording(*arguments):
+        made.append(adam(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(ru, "adam", recording)
+    pretrain(run, pairs)
+    train_gan(run, pairs)
+    given = [(type(o).__name__, o.defaults["lr"], o.defaults["betas"]) for o in made]
+    assert given == [("Adam", 1e-3, (0.9, 0.999)), ("Adam", 1e-4, (0.5, 0.999)), ("Adam", 2e-4, (0.5, 0.999))]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "gan"])
+def test_samples_validation_and_what_is_saved_are_of_the_averaged_weights(run, pairs, monkeypatch, stage):
+    drawn, validated, validate = [], [], ru.validation_losses
+    monkeypatch.setattr(ru, "save_samples", lambda network, *a: drawn.append(copy.deepcopy(network.state_dict())))
+    monkeypatch.setattr(
+        ru, "validation_losses", lambda n, *a: validated.append(copy.deepcopy(n.state_dict())) or validate(n, *a)
+    )
+    network = (pretrain if stage == "pretrain" else train_gan)(with_settings(run, ema=0.9), pairs)[0]
+    last = ru.load_checkpoint(run.outputs / f"{stage}_last.pth")
+    average = {n.removeprefix("module."): v for n, v in last["average"].items() if n.startswith("module.")}
+    assert not same(dict(last["generator"]), average)
+    assert len(drawn) == len(validated) == 2 and same(dict(drawn[-1]), average) and same(dict(validated[-1]), average)
+    assert stage == "pretrain" or same(dict(network.state_dict()), average)
+    name = "pretrained_generator_best.pth" if stage == "pretrain" else "face_restoration_gan_checkpoint_epoch_2.pth"
+    saved = ru.load_checkpoint(run.outputs / name)["generator"]
+    assert any(same(dict(saved), dict(weights)) for weights in validated)
 
 
 def test_pretraining_writes_its_files_and_keeps_the_best_epoch(run, pairs, capsys):
@@ -290,14 +376,15 @@ def test_every_epoch_has_an_order_of_its_own_that_holds_every_pair_once(run, pai
     train = ru.split_pairs(pairs, run.settings).pretrain_train
     pretrain(with_settings(run, pretrain_epochs=2), pairs)
     orders = [pair for info in seen for pair in zip(info["kind"], info["name"])]
-    first, second = orders[: len(train)], orders[len(train) :]
+    assert len(train) == 24 and len(orders) == 48  # three full batches an epoch
+    first, second = orders[:24], orders[24:]
     assert sorted(first) == sorted(second) == sorted((pair.kind, pair.name) for pair in train) and first != second
 
 
 def test_the_plain_recipe_trains_through_both_stages(run, pairs):
-    plain = with_settings(run, plain=True)
+    plain = with_settings(run, **ru.PLAIN)
     _, first = pretrain(plain, pairs)
-    assert "parts" not in first[0]
+    assert "heads" not in first[0]
     generator, _, history = train_gan(plain, pairs)
     assert len(history) == 2
     loaded = ru.load_generator(plain.outputs / "face_restoration_generator_final.pth")
@@ -322,7 +409,7 @@ def test_gan_schedules_fire_and_its_files_are_there(run, pairs, monkeypatch, cap
     run = with_settings(run, gan_epochs=4, every_second_batch_after=2, checkpoint_every=2, gan_lr_step=3)
     generator, _, history = train_gan(run, pairs)
     assert "FROM SCRATCH" in capsys.readouterr().out
-    assert len(steps) == 7 + 7 + 4 + 4  # 27 pairs in batches of 4
+    assert len(steps) == 6 + 6 + 3 + 3  # 27 pairs in full batches of 4
     assert [row["lr_g"] for row in history] == pytest.approx([1e-4] * 3 + [1e-5])
     assert [row["lr_d"] for row in history] == pytest.approx([2e-4] * 3 + [2e-5])
     assert history[0].keys() >= {"d_real", "d_fake", "g_adv", "g_l1", "val_l1", "seconds"}
@@ -353,7 +440,7 @@ def test_the_output_of_05_alone_is_enough_to_go_on_from(run, pairs, places, tmp_
     pretrain(run, pairs)
     folders = [places.outputs, tmp_path / "second", tmp_path / "third"]
     for epochs, before, after in ((1, *folders[:2]), (2, *folders[1:])):
-        later = run._replace(places=dataclasses.replace(places, outputs=after, attached=before))
+        later = run._replace(places=places._replace(outputs=after, attached=before))
         *_, history = train_gan(with_settings(later, gan_epochs=epochs), pairs)
     assert len(history) == 2
 
@@ -367,10 +454,10 @@ def test_best_weights_that_are_gone_are_named(run, pairs):
 
 def test_weights_of_another_run_are_not_replaced_by_attached_ones(run, pairs, places, tmp_path):
     pretrain(run, pairs)
-    other = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "other"))
+    other = run._replace(places=places._replace(outputs=tmp_path / "other"))
     pretrain(with_settings(other, pretrain_lr=0.01), pairs)
     (tmp_path / "other" / "pretrain_last.pth").unlink()
-    both = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "other", attached=places.outputs))
+    both = run._replace(places=places._replace(outputs=tmp_path / "other", attached=places.outputs))
     with pytest.raises(ValueError, match="pretrain_lr"):
         pretrain(both, pairs)
 
@@ -379,17 +466,17 @@ def test_weights_of_another_run_are_not_replaced_by_attached_ones(run, pairs, pl
 def test_a_stage_attached_from_an_earlier_session_goes_on_in_the_outputs(run, pairs, places, tmp_path, stage):
     train, key = (pretrain, "pretrain_epochs") if stage == "pretrain" else (train_gan, "gan_epochs")
     train(with_settings(run, **{key: 1}), pairs)
-    later = run._replace(places=dataclasses.replace(places, outputs=tmp_path / "new", attached=places.outputs))
+    later = run._replace(places=places._replace(outputs=tmp_path / "new", attached=places.outputs))
     _, *_, history = train(with_settings(later, **{key: 2}), pairs)
     assert len(history) == 2
     theirs, ours = (
-        {path.name for path in folder.glob("[!.]*") if path.is_file()} for folder in (places.outputs, tmp_path / "new")
+        {path.name for path in folder.glob("[!.i]*") if path.is_file()} for folder in (places.outputs, tmp_path / "new")
     )
     assert theirs <= ours and f"{stage}_sample_epoch_2.png" in ours
     train(with_settings(later._replace(places=places), **{key: 2}), pairs)
     one, two = (ru.load_checkpoint(folder / f"{stage}_last.pth") for folder in (places.outputs, tmp_path / "new"))
     assert same(one["generator"], two["generator"])
-    other = dataclasses.replace(later.places, outputs=tmp_path / "third")
+    other = later.places._replace(outputs=tmp_path / "third")
     with pytest.raises(ValueError, match="detach"):
         train(with_settings(later._replace(places=other), noise_sigma=9), pairs)
     assert not list((tmp_path / "third").glob("[!.]*"))
@@ -449,7 +536,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_a_missing_file_names_its_notebook_and_attached_ones_are_found(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="04_pretrain"):
         ru.require_artifact("pretrained_generator_best.pth", run, "04_pretrain_generator")
-    attached = run._replace(places=dataclasses.replace(run.places, attached=tmp_path / "input"))
+    attached = run._replace(places=run.places._replace(attached=tmp_path / "input"))
     (tmp_path / "input" / "nb").mkdir(parents=True)
     (tmp_path / "input" / "nb" / "a.pth").touch()
     assert ru.require_artifact("a.pth", attached, "04") == tmp_path / "input" / "nb" / "a.pth"

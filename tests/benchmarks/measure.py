@@ -1,6 +1,7 @@
 """How good is a generator, next to doing nothing and next to what one would reach for without it?
 
-Notebook 06 uses the functions; the command line measures the weights in an outputs folder and prints the tables:
+Notebook 06 uses the functions, which lie here since what one notebook alone needs does not burden the module. The
+command line measures the weights in an outputs folder and prints the tables:
 
     python tests/benchmarks/measure.py [OUTPUT_DIR]
 
@@ -12,17 +13,19 @@ best strength, found on training faces; the inpainting methods get the true mask
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import restoration_utils as ru
 
 STRENGTHS = (2, 3, 4, 5, 6, 8, 10, 15)  # of non-local means
+REGIONS = ("inside", "border", "outside")  # of the holes
 BORDER = 2  # px on both sides of a hole's edge
+FACES = 60  # whose realism is judged at most
 CROP = 64  # px, what the classifier that tells restored from original decides on
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,7 +97,7 @@ def to_images(arrays: Sequence[np.ndarray]) -> Tensor:
 def tune_non_local_means(pairs: Sequence[ru.Pair], settings: ru.Settings, images: int = 12) -> float:
     """The strength with the best mean PSNR on some noisy training pairs; climbs to it from the middle."""
     noisy = [pair for pair in pairs if pair.kind == "noisy"][:images]
-    degraded, original, _ = map(list, zip(*ru.FaceRestorationGANDataset(noisy, settings)))
+    degraded, original, _ = map(list, zip(*ru.FaceRestorationGANDataset(noisy)))
     degraded, original = to_arrays(torch.stack(degraded)), torch.stack(original)
 
     @functools.cache
@@ -113,7 +118,10 @@ def tune_non_local_means(pairs: Sequence[ru.Pair], settings: ru.Settings, images
 
 
 def region_psnr(images: Tensor, originals: Tensor, hole: Tensor) -> dict[str, Tensor]:
-    """PSNR in dB inside the holes, outside them, and within 2 px of their edge; (N,) each. `hole` is (N, 1, H, W)."""
+    """PSNR in dB inside the holes, outside them, and within 2 px of their edge; (N,) each. `hole` is (N, 1, H, W).
+
+    NaN for an image without a pixel in that region: very narrow pictures have holes of fewer than 4 px.
+    """
     error = (ru.to_pixels(images).double() - ru.to_pixels(originals).double()).square().mean(1, keepdim=True)
     size = 2 * BORDER + 1
     wide = F.max_pool2d(hole, size, stride=1, padding=BORDER)
@@ -144,7 +152,7 @@ def measure(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], stren
     for kind in (*ru.KINDS, "clean"):
         chosen = [pair for pair in (*pairs, *clean) if pair.kind == kind]
         classical = classical_methods(kind, strength, run.settings)
-        for degraded, original, info in ru.make_loader(chosen, run.settings.pretrain_batch, run.settings, run.device):
+        for degraded, original, info in ru.make_loader(chosen, run.settings.pretrain_batch, run.device):
             results = {"degraded": degraded} | restore_all(generators, degraded, run)
             for name, method in classical.items():
                 results[name] = to_images([method(*x) for x in zip(to_arrays(degraded), info["hole"][:, 0].numpy())])
@@ -164,21 +172,46 @@ def values_of(rows: Sequence[Mapping], kind: str, method: str, key: str) -> np.n
     return np.array([row[key] for row in rows if row["kind"] == kind and row["method"] == method])
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the bounds of its 95 % interval (Student's t, which is right for few faces, too).
+
+    Without bounds (minus and plus infinity) if there is only one value, which says nothing about how much they vary.
+    """
+    values = np.asarray(values, dtype=float)
+    mean, count = float(values.mean()), len(values)
+    if count == 1:
+        return mean, -np.inf, np.inf
+    spread = values.std(ddof=1) if np.ptp(values) else 0.0  # of equal values, std may be a rounding error
+    half = float(stats.t.ppf(0.975, count - 1) * spread / count**0.5)
+    return mean, mean - half, mean + half
+
+
 def summarize(rows: Sequence[Mapping]) -> dict[str, dict[str, dict]]:
     """Means over images by kind and method; None where they are infinite (an original measured against itself).
 
     `gain` is the mean paired gain in PSNR over `degraded` with its 95 % interval, `improved` the share of images with
-    a gain above zero.
+    a gain above zero. Images without a pixel in a region are left out of its mean, which is None without any other;
+    `psnr_inside_left_out` and its like, there only if not zero, say how many.
     """
     summary: dict[str, dict[str, dict]] = {}
     for kind, method in dict.fromkeys((row["kind"], row["method"]) for row in rows):
         keys = next(row for row in rows if row["kind"] == kind).keys() - {"kind", "name", "method"}
-        means = {key: float(values_of(rows, kind, method, key).mean()) for key in sorted(keys)}
-        cell = summary.setdefault(kind, {})[method] = {k: m if np.isfinite(m) else None for k, m in means.items()}
+        cell = summary.setdefault(kind, {})[method] = {}
+        for key in sorted(keys):
+            values = values_of(rows, kind, method, key)
+            known = values[~np.isnan(values)]
+            cell[key] = float(known.mean()) if len(known) and np.isfinite(known).all() else None
+            if len(known) < len(values):
+                cell[f"{key}_left_out"] = len(values) - len(known)
         if method != "degraded" and kind != "clean":
             gain = values_of(rows, kind, method, "psnr") - values_of(rows, kind, "degraded", "psnr")
-            cell |= {"gain": ru.mean_interval(gain), "improved": float((gain > 0).mean())}
+            cell |= {"gain": mean_interval(gain), "improved": float((gain > 0).mean())}
     return summary
+
+
+def or_dash(value: float | None) -> str:
+    """A number in a table; a dash where there is none."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def print_summary(summary: Mapping[str, Mapping[str, Mapping]]) -> None:
@@ -191,6 +224,16 @@ def print_summary(summary: Mapping[str, Mapping[str, Mapping]]) -> None:
             if "gain" in cell:
                 line += "{:+6.2f} ({:+.2f} to {:+.2f})".format(*cell["gain"]).ljust(26) + f"{cell['improved']:.0%}"
             print(line)
+
+
+def print_regions(summary: Mapping[str, Mapping[str, Mapping]]) -> None:
+    """PSNR of the occluded images by region, and how many have no pixel there."""
+    print(f"{'occluded':26s}" + "".join(f"{region:>10s}" for region in REGIONS))
+    for method, cell in summary["occluded"].items():
+        print(f"{method:26s}" + "".join(f"{or_dash(cell[f'psnr_{region}']):>7s} dB" for region in REGIONS))
+    for region in REGIONS:
+        if left_out := summary["occluded"]["degraded"].get(f"psnr_{region}_left_out"):
+            print(f"left out of '{region}', without a pixel there: {left_out} image(s)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,6 +281,10 @@ class Crops(NamedTuple):
     weight: Tensor
     face: Tensor  # (M,), a number for each face
 
+    def at(self, index: Tensor) -> Crops:
+        """Some of them, by number or mask."""
+        return Crops(*(part[index] for part in self))
+
 
 def logits_of(network: nn.Module, crops: Crops) -> Tensor:
     """One logit a crop, (M,): the network's map of them, averaged where there is something to judge."""
@@ -270,29 +317,47 @@ def train_classifier(fake: Crops, real: Crops, steps: int, seed: int) -> nn.Modu
     return network
 
 
-def told_apart(
-    train: tuple[Crops, Crops], test: tuple[Crops, Crops], steps: int = 300, seeds: Sequence[int] = (0, 1)
-) -> list[float]:
-    """How well small networks, trained on some faces, tell crops of (images, originals) of other faces apart.
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch with one thread: on shared cores, several wait for each other for longer than so small networks take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
-    A classifier two-sample test (Lopez-Paz and Oquab 2017): the share of right answers, for every face in `test`, half
-    of its crops being originals, mean over networks. 0.5 means that they cannot tell, which is right; 1 that they
-    always can.
+
+def area_under_curve(fake: Tensor, real: Tensor) -> float:
+    """Area under the ROC curve: the share of all pairs in which the real one has the higher logit, ties half."""
+    difference = real[:, None] - fake
+    return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
+
+
+def auc_by_face(fake: Crops, real: Crops, steps: int = 300, folds: int = 4) -> list[float]:
+    """How well small networks tell a face's restored crops from its original ones: the AUC of every face.
+
+    A classifier two-sample test (Lopez-Paz and Oquab 2017), cross-validated over faces: the networks that judge a face
+    have learned from others, in as many folds as there are faces if those are fewer. 0.5 means that they cannot tell,
+    which is right; 1 that they always can. Empty with fewer than two faces. Logits are compared within a face: those
+    of different networks have different scales, and one face may be grainier than another.
 
     The networks are shown ten times what the crops differ from their local mean: grain, texture, edges, seams. Given
     the picture as well, 300 steps are not enough to find what is there to be found.
     """
-    train, test = (
-        tuple(c._replace(images=(10 * ru.detail_of(c.images)).to(memory_format=torch.channels_last)) for c in sets)
-        for sets in (train, test)
-    )
-    right = torch.zeros(len(test[0].face)).double()
-    for seed in seeds:
-        network = train_classifier(*train, steps, seed)
-        with torch.no_grad():
-            fake, real = (logits_of(network, crops) for crops in test)
-        right += ((fake < 0).double() + (real > 0).double()) / 2 / len(seeds)
-    return [right[test[0].face == face].mean().item() for face in test[0].face.unique()]
+    faces = real.face.unique()
+    if len(faces) < 2:
+        return []
+    folds, logits = min(folds, len(faces)), torch.zeros(2, len(real.face))
+    with one_thread():
+        detail = ((10 * ru.detail_of(c.images)).to(memory_format=torch.channels_last) for c in (fake, real))
+        sets = [crops._replace(images=images) for crops, images in zip((fake, real), detail)]
+        for fold in range(folds):
+            held_out = torch.isin(real.face, faces[fold::folds])
+            network = train_classifier(*(crops.at(~held_out) for crops in sets), steps, fold)
+            with torch.no_grad():
+                logits[:, held_out] = torch.stack([logits_of(network, crops.at(held_out)) for crops in sets])
+    return [area_under_curve(*logits[:, real.face == face]) for face in faces]
 
 
 def damaged_crops(images: Mapping[str, Tensor], hole: Tensor, face: Tensor) -> dict[str, Crops]:
@@ -316,9 +381,11 @@ def damaged_anew(pair: ru.Pair, draw: int, settings: ru.Settings) -> tuple[Tenso
     """As an item of the dataset, with another damage of the same kind, which has not been through a JPEG file."""
     image, seed = ru.read_image(pair.original), ru.derive_seed(settings.seed, "realism", pair.kind, pair.name, draw)
     degraded = ru.degrade(image, pair.kind, np.random.default_rng(seed), settings)
-    transform, hole = ru.image_transform(settings.image_size), torch.zeros(1, *(settings.image_size,) * 2)
+    transform, mask = ru.image_transform(), np.zeros(image.shape[:2], np.uint8)
     if pair.kind == "occluded":
-        hole = ru.draw_hole(image.shape, seed, settings)
+        mask = ru.occlusion_mask(image.shape, np.random.default_rng(seed), settings)
+    small = ru.Image.fromarray(mask).resize((ru.IMAGE_SIZE,) * 2, ru.Image.Resampling.BILINEAR)
+    hole = ru.transforms.functional.to_tensor(small)
     return transform(ru.to_pil(degraded)), transform(ru.to_pil(image)), {"hole": hole}
 
 
@@ -329,7 +396,7 @@ def collect(
 
     With more than one draw, each original is damaged anew as often, in place of its degraded file.
     """
-    dataset = ru.FaceRestorationGANDataset(pairs, run.settings)
+    dataset = ru.FaceRestorationGANDataset(pairs)
     wanted = [(draw, number) for draw in range(draws) for number in range(len(pairs))]
     batches: dict[str, list[Crops]] = {}
     for start in range(0, len(wanted), run.settings.pretrain_batch):
@@ -346,56 +413,41 @@ def collect(
 
 
 def realism(
-    generators: Mapping[str, nn.Module], train: Sequence[ru.Pair], test: Sequence[ru.Pair], run: ru.Run, faces: int = 60
+    generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], run: ru.Run, steps: int | None = None
 ) -> dict[str, dict[str, dict]]:
-    """By kind and method: sharpness ratio, spectrum distance, and how often classifiers tell images from originals.
+    """By kind and method: sharpness ratio, spectrum distance, and how well classifiers tell images from originals.
 
-    `told_apart_by_face` has a share for each face, `told_apart` is their mean. All is measured in `damaged_crops` of up
-    to `faces` faces of `test`; the classifiers are trained on as many of `train`. A picture has only three holes to be
-    judged by, so occluded originals are damaged anew four times.
+    `pairs` are of faces that the generators have not trained on. `auc_by_face` has an area for each face, `auc` is
+    their mean, None with fewer than two faces. All is measured in `damaged_crops` of up to 60 faces, and None without
+    any crop. A picture has only three holes to be judged by, so occluded originals are damaged anew four times.
+
+    The classifiers learn for `steps`; None: 300, but 20 in the profile `smoke`, which is there to be quick.
     """
+    steps = steps or (20 if run.settings.profile == "smoke" else 300)
     result: dict[str, dict[str, dict]] = {}
     for kind in ru.KINDS:
         draws = 4 if kind == "occluded" else 1
-        known, unseen = (
-            collect(generators, [pair for pair in pairs if pair.kind == kind][:faces], run, draws)
-            for pairs in (train, test)
-        )
-        for method in ("degraded", *generators):
-            images, originals = unseen[method].images, unseen["original"].images
-            by_face = told_apart((known[method], known["original"]), (unseen[method], unseen["original"]))
+        crops = collect(generators, [pair for pair in pairs if pair.kind == kind][:FACES], run, draws)
+        original = crops.pop("original")
+        for method, ours in crops.items():
+            images = (ours.images, original.images)
+            areas = auc_by_face(ours, original, steps)
             result.setdefault(kind, {})[method] = {
-                "sharpness": sharpness_ratio(images, originals),
-                "spectrum_db": spectrum_distance(images, originals),
-                "told_apart": float(np.mean(by_face)),
-                "told_apart_by_face": by_face,
+                "sharpness": sharpness_ratio(*images) if len(original.face) else None,
+                "spectrum_db": spectrum_distance(*images) if len(original.face) else None,
+                "auc": float(np.mean(areas)) if areas else None,
+                "auc_by_face": areas,
             }
-            perceptual = lpips(images, originals)
-            if perceptual is not None:
-                result[kind][method]["lpips"] = perceptual
     return result
 
 
-def lpips(images: Tensor, originals: Tensor) -> float | None:
-    """Learned perceptual distance (Zhang et al. 2018, AlexNet), mean over crops; None if its weights are not at hand.
-
-    They are if torchvision has downloaded them before: `torchvision.models.alexnet(weights="DEFAULT")`.
-    """
-    if not list(Path(torch.hub.get_dir(), "checkpoints").glob("alexnet-*.pth")):
-        return None
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex")
-    return float(metric(images.clamp(-1, 1), originals.clamp(-1, 1)))
-
-
-def print_realism(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """The realism table; 1, 0 dB and 50 % are right."""
-    print(f"{'kind':9s} {'method':28s} {'sharpness':>9s} {'spectrum':>9s} {'told apart':>10s}")
+def print_realism(table: Mapping[str, Mapping[str, Mapping]]) -> None:
+    """The realism table; 1, 0 dB and 0.5 are right."""
+    print(f"{'kind':9s} {'method':28s} {'sharpness':>9s} {'spectrum':>9s} {'AUC':>5s}")
     for kind, methods in table.items():
         for method, cell in methods.items():
-            line = f"{kind:9s} {method:28s} {cell['sharpness']:9.2f} {cell['spectrum_db']:6.2f} dB"
-            print(f"{line} {cell['told_apart']:10.0%}" + (f"  LPIPS {cell['lpips']:.3f}" if "lpips" in cell else ""))
+            sharpness, spectrum, auc = (or_dash(cell[key]) for key in ("sharpness", "spectrum_db", "auc"))
+            print(f"{kind:9s} {method:28s} {sharpness:>9s} {spectrum:>6s} dB {auc:>5s}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -445,10 +497,8 @@ def main() -> None:
     print(f"{len(splits.gan_validation) // 3} validation faces of {size[1]} x {size[0]} px, measured at 256 px")
     summary = summarize(measure(generators, splits.gan_validation, strength, run))
     print_summary(summary)
-    occluded = {m: {k: c[f"psnr_{k}"] for k in ("inside", "outside", "border")} for m, c in summary["occluded"].items()}
-    for method, regions in occluded.items():
-        print(f"occluded  {method:28s} " + "  ".join(f"{k} {v:.2f} dB" for k, v in regions.items()))
-    print_realism(realism(generators, splits.pretrain_train, splits.gan_validation, run))
+    print_regions(summary)
+    print_realism(realism(generators, splits.gan_validation, run))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def table(title: str, rates: Mapping[str, float], unit: str, ours: str, bound: s
 def draw_faces(folder: Path, count: int, size: int) -> ru.Faces:
     """Synthetic portraits as originals."""
     ru.draw_portraits(folder, count, size, SETTINGS.seed)
-    return ru.Faces(folder, "synthetic portraits", ru.list_images(folder))
+    return ru.Faces(folder, "synthetic portraits", *ru.list_images(folder))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,31 +134,45 @@ def loading() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, cpu = Path(folder), torch.device("cpu")
         faces = draw_faces(root / "faces", 24, 1024)
-        pairs = ru.prepare_pairs(faces, ru.Places("benchmark", root, root / "degraded"), SETTINGS, lambda line: None)
-        kept = ru.keep_images(pairs, SETTINGS)
-        loaders = [ru.make_loader(pairs, SETTINGS.pretrain_batch, SETTINGS, cpu, "benchmark", k) for k in (kept, None)]
-        batch = next(iter(loaders[0]))
+        places = ru.Places("benchmark", root, root / "degraded")
+        pairs = ru.prepare_pairs(faces, places, SETTINGS)
+        order = ru.training_order(len(pairs), SETTINGS, "benchmark", 1)
+        loader = ru.make_loader(pairs, SETTINGS.pretrain_batch, cpu, order)
+        batch = next(iter(loader))
         copies = [torch.empty_like(t) for t in (batch[0], batch[1], batch[2]["hole"])]
 
-        def all_of(loader: torch.utils.data.DataLoader) -> Callable[[], None]:
+        def warm() -> None:
             """An epoch without training."""
-            return lambda: [None for _ in loader] and None
+            for _ in loader:
+                pass
+
+        def cold() -> None:
+            """All images into the file that is mapped."""
+            pairs[0].store.unlink()
+            ru.store_images(pairs, places, SETTINGS)
+
+        def files() -> None:
+            """As if there were no such file."""
+            transform = ru.image_transform()
+            for first in range(0, len(pairs), SETTINGS.pretrain_batch):
+                chosen = pairs[first : first + SETTINGS.pretrain_batch]
+                for path in ("degraded", "original"):
+                    torch.stack([transform(ru.open_image(getattr(pair, path))) for pair in chosen])
 
         def copy() -> None:
             """As many bytes, copied."""
-            for _ in range(len(loaders[0])):
+            for _ in range(len(loader)):
                 for target, source in zip(copies, (batch[0], batch[1], batch[2]["hole"])):
                     target.copy_(source)
 
         ways = {
-            "warm, one core": all_of(loaders[0]),
-            f"cold: every image read once, {CORES} cores": lambda: ru.keep_images(pairs, SETTINGS),
-            "reading the files in every epoch, one core": all_of(loaders[1]),
+            "warm, one core": warm,
+            f"cold: every image read once, {CORES} cores": cold,
+            "reading the files in every epoch, one core": files,
             "a copy of the same bytes": copy,
         }
         rates = {name: len(pairs) / value for name, value in in_turn(ways, 5).items()}
         table("Loading: pairs of 1024 px images", rates, "pairs/s", "warm, one core", "a copy of the same bytes")
-        print(f"  a GPU gets 4 workers, by arithmetic: {4 * rates['warm, one core']:.0f} pairs/s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,11 +259,11 @@ def our_steps(device: torch.device, mixed: bool) -> tuple[Callable, Callable]:
     def gan(batch: tuple) -> None:
         """Step 5."""
         degraded, original, _ = ru.to_device(batch, device)
-        with precision[0].forward():
+        with precision[0].forward(generator):
             restored = generator(degraded)
         images = ru.shifted((degraded, restored, original), SETTINGS.shift, np.random.default_rng(0))
-        ru.discriminator_step(discriminator, adam_d, *images, precision[1])
-        ru.generator_step(discriminator, training, *images, SETTINGS, precision[0])
+        ru.discriminator_step(discriminator, adam_d, images, precision[1])
+        ru.generator_step(discriminator, training, images, SETTINGS.l1_weight, precision[0])
         average.update_parameters(generator)
 
     return pretrain, gan
