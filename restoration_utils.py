@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import difflib
 import functools
 import hashlib
 import io
@@ -49,7 +48,7 @@ import numpy as np
 import psutil
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -64,7 +63,8 @@ from torchvision.utils import save_image
 # ======================================================================================================================
 
 IMAGE_SIZE = 256  # px, what the networks see: eight halvings take it to 1
-KINDS = ("noisy", "color", "occluded")  # of degradation, and the suffixes of their files
+KINDS = ("noisy", "color", "occluded")  # of degradation; their files end in _noisy.jpg and so on
+PLANES = 3 * (1 + len(KINDS)) + 1  # of an original at that size: RGB of it and of its degraded copies, and the hole
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,13 @@ class Settings:
     checkpoint_every: int = 10  # epochs
 
 
-def _narrow(width: int, **changes: Any) -> Settings:
-    """Settings of a profile with narrow networks."""
-    widths = dict.fromkeys(("width", "discriminator_width", "full_resolution_channels"), width)
-    return Settings(checkpoint_every=1, **widths, **changes)
-
-
+NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16, "checkpoint_every": 1}
+TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
+FULL = Settings()
 PROFILES = {
-    "full": Settings(),
-    "quick": _narrow(16, profile="quick", max_faces=200, portraits=200, portrait_size=512, gan_epochs=3),
-    "smoke": _narrow(
-        4, profile="smoke", max_faces=12, portraits=12, portrait_size=128, pretrain_epochs=2, gan_epochs=2
-    ),
+    "full": FULL,
+    "quick": Settings("quick", max_faces=200, portraits=200, portrait_size=512, gan_epochs=3, **NARROW),
+    "smoke": Settings("smoke", max_faces=12, portraits=12, portrait_size=128, **TINY),
 }
 # The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew, the pair as it is.
 PLAIN = {"plain": True, "heads_weight": 0.0, "ema": 0.0, "shift": 0}
@@ -161,10 +156,8 @@ def choose_settings(device: torch.device) -> Settings:
     ValueError for a profile, or a variable that begins with RESTORATION_, that is none of ours: misspelt, it would be
     ignored in silence.
     """
-    for variable in os.environ:
-        if variable.startswith("RESTORATION_") and variable not in VARIABLES:
-            meant = difflib.get_close_matches(variable, VARIABLES, 1) or VARIABLES
-            raise ValueError(f"{variable} means nothing to this project; did you mean {' or '.join(meant)}?")
+    if unknown := {name for name in os.environ if name.startswith("RESTORATION_")} - set(VARIABLES):
+        raise ValueError(f"no such variable: {', '.join(sorted(unknown))}; there are {', '.join(VARIABLES)}")
     name = os.environ.get("RESTORATION_PROFILE") or ("full" if device.type == "cuda" else "quick")
     if name not in PROFILES:
         raise ValueError(f"RESTORATION_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
@@ -188,8 +181,7 @@ def given_path(text: str) -> Path:
 def find_places() -> Places:
     """Kaggle: /kaggle/working. Elsewhere: outputs/ beside this module. OUTPUT_DIR overrides both.
 
-    Kaggle's folder may also lie above the notebook or this module. OSError, saying what to set, if nothing can be
-    written there.
+    Kaggle's folder may also lie above the notebook or this module. OSError if nothing can be written there.
     """
     above = [parent for begin in (Path.cwd(), Path(__file__).resolve()) for parent in (begin, *begin.parents)]
     candidates = [Path("/kaggle"), *(folder for folder in above if folder.name == "kaggle")]
@@ -226,11 +218,7 @@ def choose_device() -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep the memory of freed tensors for the next ones.
-
-    Otherwise it gives every large block back to the system and gets it anew, page by page, emptied: half of the time
-    that restoring takes on a CPU, and an eighth of the training's.
-    """
+    """Tells glibc to keep freed memory for the next tensors: half of the time that restoring takes on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # other systems
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap,
@@ -343,7 +331,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise OSError(f"{folder} cannot be locked ({error}): set OUTPUT_DIR to one on a local disk") from error
     with lock:
         for leftover in folder.glob(f"{PARTIAL}*"):
-            with contextlib.suppress(FileNotFoundError):  # what is being written now is younger than a minute
+            with contextlib.suppress(OSError):  # what is being written now is younger than a minute
                 if time.time() - leftover.stat().st_mtime > 60:
                     leftover.unlink()
         yield
@@ -401,70 +389,82 @@ def in_parallel(function: Callable, items: Sequence, label: str = "", unit: str 
                     bar.update()
 
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
+JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}
+IMAGE_SUFFIXES = JPEG_SUFFIXES | {".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")  # as Pillow calls them
 UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # pictures, but for other programs
 MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, restoring 80
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """The one loader of image files: uint8 BGR (H, W, 3), as `cv2.imread` gives it, EXIF orientation applied.
+    """The one loader of image files: uint8 BGR (H, W, 3), as `cv2.imread` orders it, EXIF orientation applied.
 
     16 bits are brought to 8, grey gets three equal channels, transparency is dropped, of an animation the first picture
-    counts. By Pillow, which tells a whole file from a cut one; the orientation is applied here, so that it is the same
-    for every format and version. ValueError, naming the file, if it cannot be read, is damaged or has over MAX_PIXELS.
+    counts. By Pillow, which tells a whole file from a cut one, but for TIFFs, of which OpenCV reads more kinds; the
+    orientation is applied here, so that it is the same for every format and version. ValueError, naming the file, if it
+    cannot be read, is damaged or has over MAX_PIXELS.
     """
+    Image.init()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit is a little lower, and only a warning
     PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Photoshop writes more text than Pillow accepts by default
     try:
-        with Image.open(path) as image:
-            if (pixels := image.width * image.height) > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{pixels / 1e6:.0f} million, {MAX_PIXELS / 1e6:.0f} are the most")
-            rgb = _to_rgb(image)
-            if image.format in ("JPEG", "MPO") and _is_patched_jpeg(Path(path).read_bytes(), rgb):
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content), formats=[f for f in IMAGE_FORMATS if f in Image.OPEN]) as image:
+            if (count := image.width * image.height) > MAX_PIXELS:
+                raise ValueError(f"too many pixels, {count / 1e6:.0f} million; {MAX_PIXELS / 1e6:.0f} are the most")
+            pixels = None
+            if image.format == "TIFF" and image.tag_v2.get(0x0112, 1) == 1:
+                pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+            if pixels is None:
+                pixels = cv2.cvtColor(_to_rgb(image), cv2.COLOR_RGB2BGR)
+            if image.format == "PNG":
+                Image.open(io.BytesIO(content)).verify()  # the checksums, which loading does not look at
+            elif image.format in ("JPEG", "MPO") and _is_incomplete_jpeg(content, image):
                 raise ValueError("a part of the picture is missing")
-            rgb = _upright(image, rgb)
-    except MemoryError:
-        raise MemoryError(f"{path}: not enough memory to read it") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: too many pixels ({error})") from error
+            orientation = _orientation(image)
+        pixels = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
+        return np.ascontiguousarray(np.rot90(pixels, QUARTER_TURNS[orientation - 1]))
+    except MemoryError as error:
+        raise MemoryError(f"{path}: not enough memory to read it") from error
     except Exception as error:  # whatever Pillow's many readers trip over
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else getattr(error, "strerror", None)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else reason
         remedy = "If other programs open it, save it from there as PNG or JPEG"
-        raise ValueError(f"{path}: cannot be read ({reason or error or type(error).__name__}). {remedy}") from error
-    return cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
+        raise ValueError(f"{path}: cannot be read ({reason}). {remedy}") from error
+
+
+QUARTER_TURNS = (0, 0, 2, 2, 1, 3, 3, 1)  # to the left, by EXIF orientation from 1; 2, 4, 5 and 7 are mirrored, too
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, of a file that has been read; damaged EXIF data say nothing, XMP is not asked."""
+    exif = Image.Exif()
+    with contextlib.suppress(Exception):
+        if image.format == "TIFF":
+            exif = image.getexif()  # Pillow turns TIFFs itself, and then forgets the tag
+        else:
+            exif.load(image.info["exif"])
+    return exif.get(0x0112) if exif.get(0x0112) in range(1, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     """An opened image as uint8 RGB (H, W, 3). ValueError for what has no agreed range."""
-    if image.mode == "F" or (
-        image.mode.startswith("I") and not image.mode.startswith("I;16") and image.format != "PNG"
-    ):
+    if image.mode[0] not in "IF":
+        return np.asarray(image.convert("RGB"))
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError("its values are neither of 8 nor of 16 bits")
-    if image.mode.startswith("I"):
-        return np.dstack([(np.asarray(image) >> 8).astype(np.uint8)] * 3)
-    return np.asarray(image.convert("RGB"))
+    return np.dstack([(values >> 8).astype(np.uint8)] * 3)
 
 
-def _upright(image: Image.Image, rgb: np.ndarray) -> np.ndarray:
-    """The pixels of `image` turned and mirrored as its EXIF orientation says; damaged EXIF data say nothing."""
-    with contextlib.suppress(Exception):
-        if (orientation := image.getexif().get(0x0112, 1)) != 1:
-            turned = Image.fromarray(rgb)
-            turned.getexif()[0x0112] = orientation
-            return np.asarray(ImageOps.exif_transpose(turned))
-    return rgb
+def _is_incomplete_jpeg(content: bytes, image: Image.Image) -> bool:
+    """Whether a part of the picture is missing, although it could be decoded (a cut file, filled up or mended).
 
-
-def _is_patched_jpeg(content: bytes, rgb: np.ndarray) -> bool:
-    """Whether a part of the picture is missing although an end marker says that it is whole (a cut file, mended).
-
-    Decoders fill what is missing with flat blocks and say nothing. So where the last block is flat, other bytes are put
-    behind the picture's last one: a whole picture does not change by that.
+    Decoders invent what is missing and say nothing: flat blocks where nothing follows, others from zeros. So where the
+    end looks like that, other bytes are put behind and in place of the picture's last ones: behind, they change nothing
+    if it is whole; in place, they do.
     """
-    height, width = ((n - 1) % 8 + 1 for n in rgb.shape[:2])
-    if np.ptp(rgb[-height:, -width:, 1]) > 3 and b"\xff\xc2" not in content:  # progressive ones end in refinements
-        return False
-    position = end = 2
+    position = begin = end = 2
     while (marker := content[position : position + 2])[:1] == b"\xff" and marker not in (b"\xff\xd8", b"\xff\xd9"):
         if marker == b"\xff\xff":  # any number of them may precede a marker
             position += 1
@@ -472,10 +472,20 @@ def _is_patched_jpeg(content: bytes, rgb: np.ndarray) -> bool:
         position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
         if marker == b"\xff\xda":  # the picture's data, up to the next marker that is no restart
             following = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]").search(content, position)
-            position = end = following.start() if following else len(content)
-    other = np.random.default_rng(0).integers(0, 255, 4096, dtype=np.uint8).tobytes()
-    with Image.open(io.BytesIO(content[:end] + other + b"\xff\xd9")) as image:
-        return not np.array_equal(_to_rgb(image), rgb)
+            if not following:
+                return True
+            begin, position = position, following.start()
+            end = position
+    last = image.crop(((image.width - 1) // 8 * 8, (image.height - 1) // 8 * 8, *image.size)).convert("L")
+    if np.ptp(np.asarray(last)) > 3 and len(set(content[end - 32 : end])) > 4 and b"\xff\xc2" not in content:
+        return False
+
+    def is_changed(start: bytes) -> bool:
+        other = np.random.default_rng(0).integers(0, 255, 4096, dtype=np.uint8).tobytes()
+        with Image.open(io.BytesIO(start + other + b"\xff\xd9")) as changed:
+            return changed.tobytes() != image.tobytes()
+
+    return is_changed(content[:end]) or (end - begin > 64 and not is_changed(content[: end - 32]))
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -488,33 +498,26 @@ def open_image(path: str | Path) -> Image.Image:
     return to_pil(read_image(path))
 
 
-JPEG_HEADER = 20  # bytes of every JPEG that OpenCV writes: start of image, JFIF segment
-
-
-def jpeg_comment(text: str) -> bytes:
-    """A comment segment: marker, length, text."""
-    return b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text.encode()
-
-
 def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality, comment: str = "") -> None:
     """Writes uint8 BGR (H, W, 3) atomically; a .jpg with the given quality, full colour resolution (4:4:4), a comment.
 
     What `cv2.imwrite` does, but that one cannot open a path on Windows that is not ASCII.
     """
     path = Path(path)
-    is_jpeg = path.suffix.lower() in {".jpg", ".jpeg"}
+    suffix = ".jpg" if path.suffix.lower() in JPEG_SUFFIXES else path.suffix
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
     options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     try:
-        done, content = cv2.imencode(path.suffix, image, options if is_jpeg else [])
+        done, content = cv2.imencode(suffix, image, options if suffix == ".jpg" else [])
     except cv2.error:
         done = False
     if not done:
         raise ValueError(f"{path}: OpenCV cannot write {image.shape[1]} x {image.shape[0]} px as {path.suffix}")
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        file.write(content[:JPEG_HEADER])
-        file.write(jpeg_comment(comment) if comment else b"")
-        file.write(content[JPEG_HEADER:])
+    content = content.tobytes()
+    if comment:  # a segment (marker, length, text) behind the 20 bytes with which all begin that OpenCV writes
+        content = content[:20] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment.encode() + content[20:]
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
 
 
 # ======================================================================================================================
@@ -523,16 +526,12 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpe
 
 
 class Faces(NamedTuple):
-    """The originals in use: their folder, what they are in words, and their names in a fixed order.
-
-    A name, by which an original is called everywhere, is its path relative to the folder. What was left out of the
-    folder is in `left_out`, with the reason.
-    """
+    """The originals in use."""
 
     folder: Path
-    source: str
-    names: list[str]
-    left_out: Mapping[str, str] = MappingProxyType({})
+    source: str  # what they are, in words
+    names: list[str]  # paths relative to the folder, by which an original is called everywhere
+    left_out: Mapping[str, str] = MappingProxyType({})  # files of the folder that are not used, and why
 
     @property
     def files(self) -> list[Path]:
@@ -540,50 +539,46 @@ class Faces(NamedTuple):
         return [self.folder / name for name in self.names]
 
 
-def _why_not(path: Path, stems: set[str]) -> str:
+def _why_not(path: Path, name: str, stems: set[str]) -> str:
     """Why a file of a folder of faces is not used; empty if it is, or is no picture at all."""
-    if (suffix := path.suffix.lower()) in UNREAD_SUFFIXES:
-        return f"{suffix} is not read; convert it to JPEG"
+    suffix = path.suffix.lower()
+    if suffix in UNREAD_SUFFIXES or suffix in IMAGE_SUFFIXES - Image.registered_extensions().keys():
+        return f"{suffix} is not read here; convert it to JPEG"
     if suffix in IMAGE_SUFFIXES and not path.is_file():
         return "not a file"  # a pipe would be waited for, a broken link leads nowhere
-    if suffix in IMAGE_SUFFIXES and path.name.encode(errors="ignore").decode() != path.name:
+    if suffix in IMAGE_SUFFIXES and name.encode(errors="ignore").decode() != name:
         return "its name is not Unicode; rename it"
     stem, _, kind = path.stem.rpartition("_")
-    copy = suffix in IMAGE_SUFFIXES and kind in KINDS and stem in stems
-    return f"taken for a degraded copy of {stem}; rename it if it is none" if copy else ""
+    is_copy = suffix in IMAGE_SUFFIXES and kind in KINDS and stem in stems
+    return f"taken for a degraded copy of {stem}; rename it if it is none" if is_copy else ""
 
 
 def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
     """All pictures below `folder` as sorted relative paths, and what was left out with the reason.
 
-    Linked folders are followed, every folder once. Hidden files and folders of degraded images are no pictures.
+    Hidden files and folders of degraded images are no pictures; links to folders are not followed.
     """
-    found, left_out, seen = [], {}, {}
+    found, left_out = [], {}
 
-    def refuse(error: OSError) -> None:
-        left_out[f"{Path(error.filename).relative_to(folder).as_posix()}/"] = error.strerror
+    def leave_out(path: str | Path, reason: str) -> None:
+        left_out[ascii(Path(path).relative_to(folder).as_posix())[1:-1]] = reason
 
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        inner, real = Path(parent).relative_to(folder), os.path.realpath(parent)
-        if real in seen:
-            left_out[f"{inner.as_posix()}/"] = f"a link to {seen[real]}/, which is there already"
-            folders.clear()
-            continue
-        seen[real] = inner.as_posix()
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "fakefaces_degraded")
-        names = {name: Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names if not name.startswith(".")}
-        stems = {Path(name).stem for name, is_picture in names.items() if is_picture}
-        for name, is_picture in names.items():
-            if reason := _why_not(Path(parent, name), stems):
-                left_out[ascii((inner / name).as_posix())[1:-1]] = reason
-            elif is_picture:
-                found.append((inner / name).as_posix())
+    for parent, folders, names in os.walk(folder, onerror=lambda e: leave_out(e.filename, e.strerror)):
+        for name in [name for name in folders if Path(parent, name).is_symlink()]:
+            leave_out(Path(parent, name), "a link to a folder, not followed; set FACES_DIR to where it leads")
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "fakefaces_degraded"]
+        visible = [Path(parent, name) for name in names if not name.startswith(".")]
+        stems = {path.stem for path in visible if path.suffix.lower() in IMAGE_SUFFIXES}
+        for path in visible:
+            name = path.relative_to(folder).as_posix()
+            if reason := _why_not(path, name, stems):
+                leave_out(path, reason)
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                found.append(name)
     return sorted(found), left_out
 
 
-def drawn_id(draw: Callable[[np.random.Generator], np.ndarray]) -> str:
-    """A fingerprint of what a function draws from a few seeds, with this code and these versions of the libraries."""
-    return fingerprint(*(draw(np.random.default_rng(seed)).tobytes() for seed in range(3)))
+PORTRAITS_VERSION = 2  # to be raised when draw_portrait paints other people
 
 
 def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
@@ -618,8 +613,7 @@ def _faces_folder(settings: Settings, places: Places) -> tuple[Path, str]:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("RESTORATION_FACES=kaggle needs 'pip install kagglehub'") from error
         return Path(kagglehub.dataset_download("hyperclaw79/fakefaces")), "StyleGAN portraits (fakefaces, downloaded)"
-    style = drawn_id(lambda rng: draw_portrait(rng, 64))  # other people than an older version drew are other faces
-    style = f"{settings.portraits}x{settings.portrait_size}px_seed{settings.seed}_{style[:6]}"
+    style = f"{settings.portraits}x{settings.portrait_size}px_seed{settings.seed}_v{PORTRAITS_VERSION}"
     folder = places.outputs / f"synthetic_portraits_{style}"
     draw_portraits(folder, settings.portraits, settings.portrait_size, settings.seed)
     return folder, f"synthetic portraits of {settings.portrait_size} px, drawn by this project"
@@ -653,40 +647,30 @@ def find_faces(settings: Settings, places: Places) -> Faces:
 # ======================================================================================================================
 
 
-def add_gaussian_noise(image: np.ndarray, rng: np.random.Generator, sigma: float = Settings.noise_sigma) -> np.ndarray:
-    """Adds Gaussian noise of mean 0 and standard deviation `sigma` (of 255), drawn for every pixel and channel.
+def add_gaussian_noise(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
+    """Adds Gaussian noise of mean 0 and standard deviation 25 (of 255), drawn for every pixel and channel.
 
     uint8 (H, W, 3) in and out; the input is not changed. OpenCV draws the noise, in whole numbers, several times as
     fast as NumPy, from a seed that `rng` gives: its random state is the thread's own.
     """
     grain = np.empty((image.shape[0], image[0].size), np.int16)
     cv2.setRNGSeed(int(rng.integers(-(2**31), 2**31)))
-    cv2.randn(grain, 0, sigma)
+    cv2.randn(grain, 0, settings.noise_sigma)
     return cv2.add(image, grain.reshape(image.shape), dtype=cv2.CV_8U)  # clips; a bare sum would wrap 256 round to 0
 
 
-def distort_colors(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    saturation: tuple[float, float] = Settings.saturation,
-    value: tuple[float, float] = Settings.value,
-) -> np.ndarray:
+def distort_colors(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
     """Fades the colours: multiplies S and V of HSV by one random factor each, drawn from the given ranges.
 
-    uint8 BGR (H, W, 3) in and out; the input is not changed. Hue stays, S and V are clipped at their maximum. Written
+    uint8 BGR (H, W, 3) in and out; the input is not changed. Hue stays, V is clipped at its maximum. Written
     without a detour through HSV, which takes twenty times as long: with V the largest of a pixel's channels, a factor s
     on S turns each channel c into V + s (c - V), and one on V multiplies all three.
     """
-    s, v = rng.uniform(*saturation), rng.uniform(*value)
-    channels = cv2.split(image)
-    high = functools.reduce(cv2.max, channels)  # V
+    s, v = rng.uniform(*settings.saturation), rng.uniform(*settings.value)
+    high = functools.reduce(cv2.max, cv2.split(image))  # V
     gain = cv2.LUT(high, np.minimum(v, 255 / np.maximum(np.arange(256), 1)).astype(np.float32))
     high, gain = cv2.merge([high] * 3), cv2.merge([gain] * 3)
-    if s <= 1:
-        faded = cv2.addWeighted(image, s, high, 1 - s, 0, dtype=cv2.CV_32F)
-    else:  # S may come to its maximum, where the lowest channel is 0
-        share = np.minimum(s, high / np.maximum(high - functools.reduce(cv2.min, channels)[..., None], 1))
-        faded = (high + share * (image.astype(np.float32) - high)).astype(np.float32)
+    faded = cv2.addWeighted(image, s, high, 1 - s, 0, dtype=cv2.CV_32F)  # s is below 1: no channel leaves its range
     return cv2.multiply(faded, gain, dtype=cv2.CV_8U)  # rounds
 
 
@@ -706,7 +690,7 @@ def _polygons(shape: Sequence[int], rng: np.random.Generator, settings: Settings
     return polygons
 
 
-def occlude_irregular(image: np.ndarray, rng: np.random.Generator, settings: Settings = PROFILES["full"]) -> np.ndarray:
+def occlude_irregular(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
     """Covers 3 random polygons of 6 to 10 vertices with black, white or random noise, one choice per polygon.
 
     uint8 (H, W, 3) in and out; the input is not changed. A polygon reaches 80 to 200 px across in a 1024 px image and
@@ -723,7 +707,7 @@ def occlude_irregular(image: np.ndarray, rng: np.random.Generator, settings: Set
     return occluded
 
 
-def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Settings = PROFILES["full"]) -> np.ndarray:
+def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
     """What `occlude_irregular` covers in an image of `shape` from the same generator state: uint8 (H, W), 255 inside.
 
     Masks are drawn again from the seed whenever they are needed, and never stored.
@@ -734,23 +718,22 @@ def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Set
     return mask
 
 
+DEGRADATIONS = {"noisy": add_gaussian_noise, "color": distort_colors, "occluded": occlude_irregular}  # by kind
+
+
 def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, settings: Settings) -> np.ndarray:
     """One of the three degradations by the name of its kind, with the numbers of `settings`."""
-    if kind == "noisy":
-        return add_gaussian_noise(image, rng, settings.noise_sigma)
-    if kind == "color":
-        return distort_colors(image, rng, settings.saturation, settings.value)
-    if kind == "occluded":
-        return occlude_irregular(image, rng, settings)
-    raise ValueError(f"unknown kind of degradation {kind!r}; choose one of {', '.join(KINDS)}")
+    return DEGRADATIONS[kind](image, rng, settings)
+
+
+def drawn_id(draw: Callable[[np.random.Generator], np.ndarray]) -> str:
+    """A fingerprint of what a function draws from a few seeds, with this code and these versions of the libraries."""
+    return fingerprint(*(draw(np.random.default_rng(seed)).tobytes() for seed in range(3)))
 
 
 @functools.cache
 def degradation_id(settings: Settings) -> str:
-    """A fingerprint of the degradations: of what they make of a test card, not of what is said about them.
-
-    So degraded files of an older version of this code are known to be old, and never get the masks of a newer one.
-    """
+    """A fingerprint of what the degradations make of a test card: files of an older code are known to be old."""
     card = (np.arange(96 * 128 * 3) % 251).astype(np.uint8).reshape(96, 128, 3)
     drawn = [drawn_id(lambda rng, kind=kind: degrade(card, kind, rng, settings)) for kind in KINDS]
     drawn.append(drawn_id(lambda rng: occlusion_mask(card.shape, rng, settings)))
@@ -759,29 +742,15 @@ def degradation_id(settings: Settings) -> str:
 
 
 class Pair(NamedTuple):
-    """A degraded image and its original: the kind of damage, the original's name and content, and where both lie.
+    """A degraded image and its original. With the kind `clean`, a dataset gives the original on both sides."""
 
-    Of the kind `clean`, the degraded image is the original itself.
-    """
-
-    kind: str
-    name: str
+    kind: str  # of damage
+    name: str  # of the original
     content: str  # fingerprint of the original's file, empty if it could not be read
-    folder: Path  # of the originals
-    copies: Path  # folder of the degraded images
-    stem: str  # of the degraded images
-    store: Path = Path()  # the file that holds their pixels at the networks' size,
-    row: int = 0  # and where in it
-
-    @property
-    def original(self) -> Path:
-        """The original file."""
-        return self.folder / self.name
-
-    @property
-    def degraded(self) -> Path:
-        """The degraded file."""
-        return self.original if self.kind == "clean" else self.copies / f"{self.stem}_{self.kind}.jpg"
+    original: Path
+    degraded: Path
+    store: Path = Path()  # the file that holds the pixels of both at the networks' size
+    row: int = 0  # where in it
 
     def seed(self, settings: Settings) -> int:
         """What the damage is drawn from."""
@@ -794,19 +763,15 @@ class Pair(NamedTuple):
 
     def is_done(self, settings: Settings) -> bool:
         """Whether the degraded file is there and was made of this very original, as it would be made now."""
-        segment = jpeg_comment(self.comment(settings))
-        try:
-            with self.degraded.open("rb") as file:
-                return file.read(JPEG_HEADER + len(segment))[JPEG_HEADER:] == segment
-        except OSError:
-            return False
+        with contextlib.suppress(OSError), Image.open(self.degraded) as image:
+            return image.info.get("comment") == self.comment(settings).encode()
+        return False
 
 
 def plan_pairs(faces: Faces, copies: Path) -> list[Pair]:
     """The pairs of all originals, the kinds of one side by side; every original is read for its fingerprint.
 
-    A short hash is added to the stem of the copies where it is not unique: otherwise a.jpg and a.png, or one/a.jpg and
-    two/a.jpg, would overwrite each other's. File systems take names of 255 bytes, so a long one is cut.
+    The copies of a.jpg and a.png, or of one/a.jpg and two/a.jpg, get a short hash. Names over 200 bytes are cut.
     """
 
     def content_of(path: Path) -> str:
@@ -816,9 +781,9 @@ def plan_pairs(faces: Faces, copies: Path) -> list[Pair]:
 
     stems = [PurePosixPath(name).stem.encode()[:200].decode(errors="ignore") for name in faces.names]
     count, pairs = Counter(map(str.casefold, stems)), []
-    for name, stem, content in zip(faces.names, stems, in_parallel(content_of, faces.files)):
+    for name, stem, path, content in zip(faces.names, stems, faces.files, in_parallel(content_of, faces.files)):
         unique = stem if count[stem.casefold()] == 1 else f"{stem}-{fingerprint(name)}"
-        pairs += [Pair(kind, name, content, faces.folder, copies, unique) for kind in KINDS]
+        pairs += [Pair(kind, name, content, path, copies / f"{unique}_{kind}.jpg") for kind in KINDS]
     return pairs
 
 
@@ -831,7 +796,8 @@ def _check_space(originals: Sequence[Path], folder: Path) -> None:
     for path in originals[:: max(1, len(originals) // 50)]:
         with contextlib.suppress(Exception), Image.open(path) as image:
             pixels.append(image.width * image.height)
-    needed, room = 2.7 * len(originals) * float(np.mean(pixels or 0)), shutil.disk_usage(folder).free
+    needed = len(originals) * (2.7 * float(np.mean(pixels or 0)) + PLANES * IMAGE_SIZE**2)  # and `store_images`
+    room = shutil.disk_usage(folder).free
     if folder.parent.parts[-2:] == ("kaggle", "working"):  # Kaggle keeps 20 GB of it, however large the disk is
         room = min(room, 20 * 10**9 - sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file()))
     if needed > room:
@@ -856,15 +822,21 @@ class DegradeReport(NamedTuple):
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.left_out.items()])
 
 
-def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int = 0) -> DegradeReport:
+def degrade_folder(
+    faces: Faces, folder: Path, settings: Settings, workers: int = 0, attached: Sequence[Path] = ()
+) -> DegradeReport:
     """Writes the three degraded versions of every original to `folder`, in parallel.
 
-    The bytes depend on the original, its name and the settings only, and every file says in its JPEG comment what made
-    it. What is there and right is not made again, so a second run does nothing and a killed one goes on. Originals are
-    never touched. Raises OSError if the result will not or does not fit on the disk, ValueError if no original could be
-    read, RuntimeError if there is something to do and another run is writing to the folder.
+    Returns the pairs and how many originals were degraded now. Every file says in its JPEG comment what made it; what
+    is there and right is not made again. Raises OSError if the disk is too full, ValueError if no original can be read,
+    RuntimeError if another run is writing to the folder.
     """
-    planned = plan_pairs(faces, folder)
+
+    def where_done(pair: Pair) -> Pair:
+        elsewhere = (pair._replace(degraded=place / pair.degraded.name) for place in attached)
+        return pair if pair.is_done(settings) else next((p for p in elsewhere if p.is_done(settings)), pair)
+
+    planned = [where_done(pair) for pair in plan_pairs(faces, folder)]
     originals = [planned[first : first + len(KINDS)] for first in range(0, len(planned), len(KINDS))]
     todo = [pairs for pairs in originals if not all(pair.is_done(settings) for pair in pairs)]
     failed = {}
@@ -872,7 +844,7 @@ def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int 
     def work(pairs: list[Pair]) -> str:
         try:
             image = read_image(pairs[0].original)
-            for pair in pairs:
+            for pair in (pair for pair in pairs if not pair.is_done(settings)):
                 degraded = degrade(image, pair.kind, np.random.default_rng(pair.seed(settings)), settings)
                 write_image(pair.degraded, degraded, settings.jpeg_quality, pair.comment(settings))
         except ValueError as error:
@@ -898,33 +870,16 @@ def degrade_folder(faces: Faces, folder: Path, settings: Settings, workers: int 
 def prepare_pairs(faces: Faces, places: Places, settings: Settings) -> list[Pair]:
     """The pairs of every readable original, degraded first if that has not been done, and a line that says so.
 
-    Degraded images attached on Kaggle (the output of notebook 01) are used if they are complete and would be made the
-    same now; otherwise they are made again from the seed. All images are then at hand at the networks' size.
+    Degraded images attached on Kaggle (the output of notebook 01) are used where they would be made the same now;
+    others are made again from the seed. All images are then at hand at the networks' size.
     """
-
-    def is_unreadable(pair: Pair) -> bool:
-        try:
-            read_image(pair.original)
-        except ValueError:
-            return True
-        return False
-
-    for folder in sorted(places.attached.rglob("fakefaces_degraded")) if places.attached else ():
-        planned = plan_pairs(faces, folder)
-        if all(pair.is_done(settings) or is_unreadable(pair) for pair in planned):
-            print(f"Degraded images: those attached in {folder}")
-            pairs = [pair for pair in planned if pair.is_done(settings)]
-            break
-    else:
-        report = degrade_folder(faces, places.degraded, settings)
-        print(f"Degraded images: {report}")
-        pairs = report.pairs
+    attached = sorted(places.attached.rglob("fakefaces_degraded")) if places.attached else []
+    report = degrade_folder(faces, places.degraded, settings, attached=attached)
+    print(f"Degraded images: {report}")
+    pairs = report.pairs
     if (count := len(pairs) // len(KINDS)) < 50 and settings.profile != "smoke":
         print(f"NOTE: {counted(count, 'original')} will not teach much: 200 are enough to see something happen")
     return store_images(pairs, places, settings)
-
-
-PLANES = 3 * (1 + len(KINDS)) + 1  # of an original in the store: RGB of it and of its copies, and the hole
 
 
 def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> list[Pair]:
@@ -933,35 +888,38 @@ def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> l
     The file is a NumPy array, uint8 (originals, PLANES, 256, 256), which is mapped into memory: nothing is decoded
     again in any epoch or notebook, and there may be more of it than memory. Its name says what it was made from.
     """
-    store = places.outputs / f"images_{IMAGE_SIZE}px_{fingerprint(degradation_id(settings), faces_id(pairs))}.npy"
-    by_name: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        by_name.setdefault(pair.name, []).append(pair)
+    originals = [pairs[first : first + len(KINDS)] for first in range(0, len(pairs), len(KINDS))]
+    what = fingerprint(degradation_id(settings), [(pair.name, pair.content) for pair in pairs])
+    store, shape = (
+        places.outputs / f"images_{IMAGE_SIZE}px_{what}.npy",
+        (len(originals), PLANES, IMAGE_SIZE, IMAGE_SIZE),
+    )
 
     def read(same: list[Pair]) -> bytes:
-        planes = np.empty((PLANES, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-        size = (IMAGE_SIZE, IMAGE_SIZE)
-        for number, pair in enumerate([same[0]._replace(kind="clean"), *same]):
+        planes, size = np.empty(shape[1:], np.uint8), shape[2:]
+        for number, path in enumerate([same[0].original, *(pair.degraded for pair in same)]):
             try:
-                image = open_image(pair.degraded)
+                image = open_image(path)
             except ValueError as error:
-                raise ValueError(f"{error}; delete it and run this again: it is made anew") from error
+                raise ValueError(f"{error}" + ("; or delete it: it is made again" if number else "")) from error
             resized = image.resize(size, Image.Resampling.BILINEAR)  # antialiased
             planes[3 * number : 3 * number + 3] = np.asarray(resized).transpose(2, 0, 1)
+        if not all(pair.is_done(settings) for pair in same):
+            raise ValueError(f"{same[0].degraded.parent} has been changed by another run meanwhile: run this again")
         seed = next(pair for pair in same if pair.kind == "occluded").seed(settings)
         mask = occlusion_mask(image.size[::-1], np.random.default_rng(seed), settings)
         planes[-1] = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR))
         return planes.tobytes()
 
-    if not store.is_file():
-        for stale in places.outputs.glob(f"images_{IMAGE_SIZE}px_*.npy"):
-            stale.unlink()
-        shape = (len(by_name), PLANES, IMAGE_SIZE, IMAGE_SIZE)
-        with atomic(store) as temporary, temporary.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            file.writelines(in_parallel(read, list(by_name.values()), "reading", "original"))
-    rows = {name: row for row, name in enumerate(by_name)}
-    return [pair._replace(store=store, row=rows[pair.name]) for pair in pairs]
+    if not store.is_file() or store.stat().st_size < math.prod(shape):
+        with alone_in(places.outputs):
+            for stale in places.outputs.glob(f"images_{IMAGE_SIZE}px_*.npy"):
+                with contextlib.suppress(OSError):  # in use, on Windows
+                    stale.unlink()
+            with atomic(store) as temporary, temporary.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                file.writelines(in_parallel(read, originals, "reading", "original"))
+    return [pair._replace(store=store, row=number // len(KINDS)) for number, pair in enumerate(pairs)]
 
 
 def faces_id(pairs: Sequence[Pair]) -> str:
@@ -981,9 +939,8 @@ class Splits(NamedTuple):
 def split_pairs(pairs: Sequence[Pair], settings: Settings) -> Splits:
     """Splits by original, never by file: 80 / 20 % for pretraining, 90 / 10 % for the GAN, nested, seeded.
 
-    Copies of one photograph under several names count as one. `random_split` cuts one permutation of the originals into
-    three: both stages' validation, the pretraining's validation only, and both stages' training. Raises ValueError if
-    there are too few originals for that.
+    Copies of one photograph under several names count as one. One permutation is cut into three: both stages'
+    validation, the pretraining's validation only, both stages' training. ValueError for fewer than 2 originals.
     """
     contents = list(dict.fromkeys(pair.content for pair in sorted(pairs, key=lambda pair: pair.name)))
     both = max(1, round(settings.gan_validation * len(contents)))
@@ -1005,12 +962,6 @@ def image_transform() -> transforms.Compose:
     return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
 
 
-@functools.lru_cache(maxsize=2)
-def _open_store(path: Path) -> np.ndarray:
-    """The array of `store_images`, mapped into memory."""
-    return np.load(path, mmap_mode="c")
-
-
 class FaceRestorationGANDataset(Dataset):
     """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with kind, name, hole.
 
@@ -1021,6 +972,7 @@ class FaceRestorationGANDataset(Dataset):
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self.pairs = list(pairs)
+        self.images = np.load(self.pairs[0].store, mmap_mode="c")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -1028,7 +980,7 @@ class FaceRestorationGANDataset(Dataset):
     def __getitem__(self, item: int | tuple[int, bool]) -> tuple[Tensor, Tensor, dict]:
         index, mirrored = item if isinstance(item, tuple) else (item, False)
         pair = self.pairs[index]
-        planes = torch.from_numpy(_open_store(pair.store)[pair.row])  # (PLANES, 256, 256)
+        planes = torch.from_numpy(self.images[pair.row])  # (PLANES, 256, 256)
         first = 3 * ("clean", *KINDS).index(pair.kind)
         degraded, original = (planes[i : i + 3].float().div_(255).sub_(0.5).div_(0.5) for i in (first, 0))
         hole = planes[-1:].float().div_(255) if pair.kind == "occluded" else torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE)
@@ -1216,8 +1168,8 @@ class HoleHead(nn.Module):
 def fill_from_around(images: Tensor, known: Tensor) -> Tensor:
     """Spreads what is known into what is not, smoothly, whatever its size (pull-push: Gortler et al. 1996).
 
-    Averages of the known pixels are taken on a pyramid down to one pixel; on the way back up, every pixel keeps its
-    own value as far as it is known, (N, 1, 256, 256) in [0, 1], and takes the rest from the coarser level.
+    Known pixels are averaged on a pyramid down to one pixel; on the way back up, every pixel keeps its value as far as
+    it is `known`, (N, 1, 256, 256) in [0, 1], and takes the rest from the coarser level.
     """
     levels = [(images * known, known)]
     while levels[-1][1].shape[-1] > 1:
@@ -1243,10 +1195,9 @@ class Restoration(NamedTuple):
 class OutputLayer(nn.Module):
     """Brings 128 x 128 features to the 256 x 256 image, with the degraded input itself as one more skip.
 
-    Restored means: keep what is good. So the layer starts close to the identity on its input and learns to
-    depart from it: less grain, mended colours of the whole image, and a correction of every pixel. Into the holes that
-    it detects goes what is around them, and a correction of its own. Corrections are added inside Tanh, so the output
-    lies in [-1, 1] whatever the weights.
+    It starts close to the identity and learns to depart from it: less grain, mended colours, a correction of every
+    pixel; into the holes that it detects goes what is around them, corrected. Corrections are added inside Tanh, so the
+    output lies in [-1, 1] whatever the weights.
     """
 
     def __init__(self, inputs: int, channels: int) -> None:
@@ -1276,17 +1227,6 @@ class OutputLayer(nn.Module):
         return Restoration(kept + covered * (repainted - kept), recolored, hole, repainted)
 
 
-class PlainOutput(nn.Sequential):
-    """The output layer as commonly written: every pixel is drawn anew from 128 x 128 features. It has no heads."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__(nn.ReLU(), nn.ConvTranspose2d(inputs, 3, 4, stride=2, padding=1), nn.Tanh())
-
-    def forward(self, features: Tensor, degraded: Tensor) -> Restoration:
-        """From the last decoder layer with its skip, (N, inputs, 128, 128); the input itself is not looked at."""
-        return Restoration(super().forward(features).float())
-
-
 def check_images(images: Tensor, who: str) -> None:
     """Raises ValueError unless `images` is a batch (N, 3, 256, 256)."""
     if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
@@ -1298,7 +1238,7 @@ class UNetGenerator(nn.Module):
     128 x 128, each with the encoder's map of its size as a skip, and an output layer to 256 x 256 through Tanh.
 
     Degraded RGB (N, 3, 256, 256) in [-1, 1] to restored RGB of the same shape and range. ValueError for other shapes.
-    `plain` is the recipe as commonly written: instance norm, dropout 0.5 in three decoder layers, PlainOutput.
+    `plain` is the recipe as commonly written: instance norm, dropout 0.5 in three decoder layers, no heads.
     """
 
     def __init__(
@@ -1317,7 +1257,10 @@ class UNetGenerator(nn.Module):
         for number in range(7, 0, -1):
             inputs = widths[number] if number == 7 else 2 * widths[number]
             self.decoder.append(DecoderLayer(inputs, widths[number - 1], norm, dropout if number > 4 else 0.0))
-        self.output = PlainOutput(2 * widths[0]) if plain else OutputLayer(2 * widths[0], full_resolution_channels)
+        self.plain, self.output = plain, OutputLayer(2 * widths[0], full_resolution_channels)
+        if plain:  # every pixel is drawn anew from 128 x 128 features; there are no heads
+            upsample = nn.ConvTranspose2d(2 * widths[0], 3, 4, stride=2, padding=1)
+            self.output = nn.Sequential(nn.ReLU(), upsample, nn.Tanh())
 
     def forward(self, degraded: Tensor) -> Tensor:
         """The restored images only."""
@@ -1333,7 +1276,7 @@ class UNetGenerator(nn.Module):
         maps.pop()  # the bottleneck is no skip
         for layer in self.decoder:
             x = torch.cat([layer(x), maps.pop()], 1)  # (N, 16W, 2, 2) to (N, 2W, 128, 128)
-        return self.output(x, degraded)
+        return Restoration(self.output(x).float()) if self.plain else self.output(x, degraded)
 
 
 def build_generator(settings: Settings) -> UNetGenerator:
@@ -1355,11 +1298,9 @@ class PatchGANDiscriminator(nn.Module):
     least-squares loss with targets 1 and 0 the best score already is the probability that the patch is real (Mao et
     al. 2017). ValueError for other shapes.
 
-    The pair reaches the first layer as the candidate and, ten times magnified, what it changes about the degraded
-    image: there a hole or a faded colour stands out. Changes of up to four grey levels are left out, and four levels of
-    larger ones: shown how much noise was taken away, it taught the generator to take more, and texture with it. No
-    norm: in a batch of only real or only fake pairs batch norm takes away in what the two differ. `plain` is the recipe
-    as commonly written: the pair as it is, and batch norm.
+    It sees the candidate and, ten times magnified, what that changes about the degraded image, but for four grey
+    levels: shown how much noise was taken away, it taught the generator to take more, and texture with it. No norm: in
+    a batch of only real or only fake pairs it takes away the difference. `plain`: the pair as it is, batch norm.
     """
 
     def __init__(self, width: int = Settings.discriminator_width, plain: bool = Settings.plain) -> None:
@@ -1396,10 +1337,8 @@ MAY_CHANGE = {"pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "
 MAY_CHANGE |= {"time_budget"}  # settings with which a run may go on that began with others
 GAN_ONLY = {"gan_batch", "generator_lr", "discriminator_lr", "gan_betas", "gan_lr_step", "l1_weight", "shift"}
 GAN_ONLY |= {"discriminator_width", "every_second_batch_after"}  # settings that pretraining does not look at
-ADVICE = (  # for who has numbers that are not finite
-    "The checkpoint of the epoch before is kept. Look for damaged images, or lower the learning rate and start anew "
-    "with another OUTPUT_DIR"
-)
+# for who has numbers that are not finite
+ADVICE = "The epoch before is kept. Look for damaged images, or start anew elsewhere with a lower learning rate"
 
 
 class Run(NamedTuple):
@@ -1488,10 +1427,7 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNet
 
 def weights_id(weights: Mapping[str, Tensor]) -> str:
     """A short fingerprint of a network's state_dict."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    return fingerprint(*weights, *(tensor.cpu().contiguous().numpy().tobytes() for tensor in weights.values()))
 
 
 def find_artifact(name: str, run: Run) -> Path | None:
@@ -1515,21 +1451,17 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
 
     Longer schedules and the like may differ, and so may the settings named in `ignore`.
     """
-    now, then = asdict(run.settings), content["settings"]
-    names = sorted((now.keys() | then.keys()) - MAY_CHANGE - set(ignore))
-    differ = [f"{n} was {then.get(n)!r}, is {now.get(n)!r}" for n in names if now.get(n) != then.get(n)]
-    if content["faces"] != run.faces:
-        differ.append(f"its faces were others (is FACES_DIR right? fingerprint {content['faces']}, now {run.faces})")
+    now = asdict(run.settings) | {"faces": run.faces, "pretrained weights": run.begun_from}
+    then = content["settings"] | {"faces": content["faces"], "pretrained weights": content["begun_from"]}
+    looked_at = (
+        (now.keys() | then.keys()) - MAY_CHANGE - set(ignore) - (set() if run.begun_from else {"pretrained weights"})
+    )
+    differ = [f"{n} was {then.get(n)!r}, is {now.get(n)!r}" for n in sorted(looked_at) if now.get(n) != then.get(n)]
     if differ:
         raise ValueError(
-            f"{path} was made by another run: {'; '.join(differ)}. It is kept as it is. Choose another folder with "
-            "OUTPUT_DIR, or go back to those settings and faces, or move all .pth files there away (on Kaggle: detach "
-            "them) to start anew"
-        )
-    if run.begun_from and content["begun_from"] != run.begun_from:
-        raise ValueError(
-            f"{path} did not start from the pretrained weights that are there now. It is kept as it is; to start again "
-            "from them, move gan_last.pth and face_restoration_*.pth away, or choose another folder with OUTPUT_DIR"
+            f"{path} was made by another run: {'; '.join(differ)}. It is kept as it is. Go back to those settings and "
+            "faces (is FACES_DIR right?), choose another folder with OUTPUT_DIR, or move the .pth files there away (on "
+            "Kaggle: detach them) to start anew; for other pretrained weights, gan_last and face_restoration_* only"
         )
 
 
@@ -1567,25 +1499,34 @@ class Precision:
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
-        while self.before:  # if float16 overflowed on the way forwards, batch norm's statistics stay as they were
-            buffer, old = self.before.pop(0)
-            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, old))
+        self.keep_finite()
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3:  # step after step had to be left out
             raise FloatingPointError(f"the gradients are not finite. {ADVICE}")
 
+    def keep_finite(self) -> None:
+        """If float16 overflowed on the way forwards, batch norm's statistics are again what they were before."""
+        while self.before:
+            buffer, old = self.before.pop(0)
+            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, old))
+
 
 class Means:
-    """Means over images of named losses: every batch counts by its size, so a short last one does not distort them."""
+    """Means over images of named losses: every batch counts by its size, so a short last one does not distort them.
 
-    def __init__(self, where: str) -> None:
+    With a `precision` that scales the loss, batches that overflow in float16 do not count: they teach nothing.
+    """
+
+    def __init__(self, where: str, precision: Precision | None = None) -> None:
         self.where, self.batches, self.sums, self.counts = where, 0, Counter(), Counter()
+        self.scaled = precision is not None and precision.scaler.is_enabled()
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
         """Counts a batch's mean losses for its `images`. Sums stay on the device, but for a look at every twentieth."""
         self.batches += 1
         for name, loss in losses.items():
-            self.sums[name] = self.sums[name] + loss.detach().double() * images
-            self.counts[name] += images
+            counts = loss.isfinite() | (not self.scaled)
+            self.sums[name] = self.sums[name] + torch.where(counts, loss.detach().double(), 0.0) * images
+            self.counts[name] = self.counts[name] + counts * images
         if self.batches % 20 == 0:
             self.result()
 
@@ -1595,11 +1536,6 @@ class Means:
         if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
             raise FloatingPointError(f"{self.where}: the loss {', '.join(bad)} is not finite. {ADVICE}")
         return means
-
-
-def session_start(places: Places) -> float:
-    """When the session began, in seconds of `time.time`: on Kaggle its machine, elsewhere this process."""
-    return psutil.Process(1 if places.platform == "Kaggle" else None).create_time()
 
 
 class Stage:
@@ -1626,13 +1562,21 @@ class Stage:
             check_same_run(result, load_checkpoint(result), self.run, ignore)
         if not (found := find_artifact(self.last.name, self.run)):
             return
-        newest, content = self._load_newest(found)
+        newest = found
+        try:
+            content = load_checkpoint(newest)
+        except ValueError as error:
+            if not (newest := found.with_name(self.previous.name)).is_file():
+                raise
+            print(f"WARNING: {error}. Going on from {newest.name}, an epoch earlier")
+            content = load_checkpoint(newest)
         check_same_run(found, content, self.run, ignore)
         if found != self.last:
             print(f"{self.name}: going on from what is attached in {found.parent}")
             for path in sorted(found.parent.glob("[!.]*.*")):
                 target = self.run.outputs / path.name
-                if path.suffix in (".pth", ".png", ".json") and target != self.last and not target.exists():
+                needed = path.suffix in (".pth", ".png", ".json") and not target.exists()
+                if target != self.last and (needed or target == result):
                     copy_file(path, target)
             copy_file(newest, self.last)  # at the end: once it is there, nothing is copied any more
         elif newest != found:
@@ -1644,39 +1588,26 @@ class Stage:
         print(f"{self.name}: {len(self.history)} of {counted(self.total, 'epoch')} already done")
         write_json(self.run.outputs / f"{self.name}_history.json", self.history)  # killed just before it was written?
 
-    def _load_newest(self, found: Path) -> tuple[Path, dict]:
-        """The checkpoint that was found or, if it is damaged, that of the epoch before: which one, and its content."""
-        try:
-            return found, load_checkpoint(found)
-        except ValueError as error:
-            if not (previous := found.with_name(self.previous.name)).is_file():
-                raise
-            print(f"WARNING: {error}. Going on from {previous.name}, an epoch earlier")
-            return previous, load_checkpoint(previous)
-
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are left, as far as the time budget goes, each with its own random state."""
-        budget = self.run.settings.time_budget
+        on_kaggle = self.run.places.attached == Path("/kaggle/input")
+        session = psutil.Process(1 if on_kaggle else None).create_time()  # on Kaggle the machine's, else this process's
+        budget = self.run.settings.time_budget  # hours
         if budget is None:
-            budget = 11.0 if self.run.places.platform == "Kaggle" else math.inf
+            budget = 11.0 if on_kaggle else math.inf
         done = len(self.history)
         with progress(self.name, self.total * self.per_epoch, "batch", done * self.per_epoch) as self.bar:
             for epoch in range(done + 1, self.total + 1):
-                self.epoch = epoch
-                left = 3600 * budget - (time.time() - session_start(self.run.places))
-                if self.history and left < self.history[-1]["seconds"]:
-                    print(
-                        f"{self.name}: stopped after epoch {self.epoch - 1} of {self.total}, since another would not "
-                        f"end within {budget:g} hours. Run this again to go on (on Kaggle, attach this output)"
-                    )
+                left = 3600 * budget - (time.time() - session)
+                if left <= 0 and not self.history:
+                    raise TimeoutError(f"{self.name}: {budget:g} hours are over; run this in a new session")
+                if left <= (self.history[-1]["seconds"] if epoch > done + 1 else 0):
+                    print(f"{self.name}: stopped after epoch {epoch - 1} of {self.total}, {budget:g} hours are over. "
+                          "Run this again to go on (on Kaggle, attach this output)")  # fmt: skip
                     return
-                self.started = time.perf_counter()
+                self.epoch, self.started = epoch, time.perf_counter()
                 torch.manual_seed(derive_seed(self.run.settings.seed, self.name, self.epoch))
-                yield self.epoch
-                if self.epoch == done + 1 < self.total:
-                    seconds = (self.total - epoch) * self.history[-1]["seconds"]
-                    end = time.strftime("%H:%M", time.localtime(time.time() + seconds))
-                    print(f"{self.name}: about {counted(math.ceil(seconds / 60), 'more minute')}, until {end}")
+                yield epoch
 
     def batches(self) -> Iterator[tuple]:
         """The batches of this epoch, in its own order."""
@@ -1698,7 +1629,9 @@ class Stage:
         save_checkpoint(self.last, self.run, history=self.history, **state)
         write_json(self.run.outputs / f"{self.name}_history.json", self.history)
         values = "  ".join(f"{name} {value:.3g}" for name, value in row.items())
-        print(f"epoch {self.epoch:2d}/{self.total}  {values}  {self.history[-1]['seconds']:.0f} s")
+        seconds = self.history[-1]["seconds"]
+        end = time.strftime("%H:%M", time.localtime(time.time() + (self.total - self.epoch) * seconds))
+        print(f"epoch {self.epoch:2d}/{self.total}  {values}  {seconds:.0f} s, all until {end}")
 
 
 @contextlib.contextmanager
@@ -1721,9 +1654,8 @@ def adam(network: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999
 def average_of(network: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the weights and batch-norm statistics of `network`, with PyTorch's own class.
 
-    Under a constant learning rate the last step's weights jitter; their average over the last 1 / (1 - decay) steps
-    restores as well as weights after a decayed learning rate. Over the first steps it reaches back less far, or a short
-    training would save weights that were never trained. Decay 0 is the network itself.
+    Under a constant learning rate the last weights jitter; their average over some 1 / (1 - decay) steps does not. Over
+    the first steps it reaches back less far, or it would hold untrained weights. Decay 0 is the network itself.
     """
 
     def update(averages: list[Tensor], values: list[Tensor], updates: Tensor) -> None:
@@ -1736,10 +1668,8 @@ def average_of(network: nn.Module, decay: float) -> AveragedModel:
 def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Degraded, original and hole of a loader's batch on the device, channels last (a third faster on a CPU)."""
     degraded, original, info = batch
-    return tuple(
-        tensor.to(device, non_blocking=True, memory_format=torch.channels_last)
-        for tensor in (degraded, original, info["hole"])
-    )
+    options = {"non_blocking": True, "memory_format": torch.channels_last}
+    return tuple(tensor.to(device, **options) for tensor in (degraded, original, info["hole"]))
 
 
 def image_losses(restored: Tensor, original: Tensor) -> dict[str, Tensor]:
@@ -1783,11 +1713,8 @@ def heads_loss(restoration: Restoration, original: Tensor, hole: Tensor) -> Tens
     """Teaches the heads of the output layer their tasks, each on its own: mend colours, find holes, fill them.
 
     L1 of the recoloured image outside the holes, cross-entropy of the detected against the true holes, and L1 of what
-    is painted into the true ones, times 10 since they are few. A hole's outermost pixels are mixtures with the
-    photograph and no use to anyone: whatever is touched, and one pixel more, counts as hole.
-
-    Through the blended output alone, the painter would learn only by way of a detector that is not yet sure, and the
-    colours by way of a Tanh that has corrected them already.
+    is painted into the true ones, times 10 since they are few; a hole counts as one pixel wider. Through the blended
+    output alone, the painter would learn only by way of a detector that is not yet sure.
     """
     touched = F.conv2d((hole > 0).float(), hole.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
     hole = (touched > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
@@ -1841,7 +1768,7 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
             if epoch - 1 - best_epoch(stage.history) >= s.patience:
                 print(f"pretrain: stopped early, no better validation loss for {counted(s.patience, 'epoch')}")
                 break
-            means = Means(f"pretrain, epoch {epoch}")
+            means = Means(f"pretrain, epoch {epoch}", precision)
             for batch in stage.batches():
                 losses = pretrain_step(generator, optimizer, batch, run, precision)
                 average.update_parameters(generator)
@@ -1932,6 +1859,11 @@ def load_pretrained(generator: UNetGenerator, run: Run) -> str:
             copy_file(path, run.outputs / name)
         generator.load_state_dict(content["generator"])
         print(f"The generator starts from {path.name}, epoch {content['epoch']} of the pretraining")
+        history = find_artifact("pretrain_history.json", run)
+        if history and len(json.loads(history.read_text())) < min(run.settings.pretrain_epochs, run.settings.patience):
+            print(
+                "WARNING: the pretraining is not finished. Let 04 end first: with its later weights this cannot go on"
+            )
     else:
         print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH, without the lessons that its "
               "heads get in pretraining: expect holes to stay. If this is not meant, stop and run notebook 04 first; "
@@ -1949,20 +1881,6 @@ def train_gan(
     face_restoration_discriminator_final.pth, gan_last.pth (to go on from), gan_history.json and gan_sample_epoch_*.png.
     Returns the history, a dict for each epoch. Resumes, and raises, as `pretrain_generator`.
     """
-    with alone_in(run.outputs):  # the pretrained weights must stay what they are, too
-        run = run._replace(begun_from=load_pretrained(generator, run))
-        history, average = _train_gan(generator, discriminator, train, validation, run)
-        generator.load_state_dict(average.state_dict())
-        for name, network in {"generator": generator, "discriminator": discriminator}.items():
-            weights = {name: network.state_dict(), "epoch": len(history)}
-            save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
-    return history
-
-
-def _train_gan(
-    generator: UNetGenerator, discriminator: PatchGANDiscriminator, train: list[Pair], validation: list[Pair], run: Run
-) -> tuple[list[dict], nn.Module]:
-    """The training itself: returns its history and the generator with averaged weights."""
     s = run.settings
     generator.to(run.device, memory_format=torch.channels_last)
     discriminator.to(run.device, memory_format=torch.channels_last)
@@ -1972,39 +1890,46 @@ def _train_gan(
     scheduler_g = StepLR(optimizer_g, s.gan_lr_step, s.lr_gamma)
     scheduler_d = StepLR(optimizer_d, s.gan_lr_step, s.lr_gamma)
     precision_g, precision_d = Precision(run.device, s.mixed_precision), Precision(run.device, s.mixed_precision)
-    average = average_of(generator, s.ema)  # what is validated and saved
-    state = {"generator": generator, "optimizer_g": optimizer_g, "scheduler_g": scheduler_g, "average": average}
+    state = {"generator": generator, "optimizer_g": optimizer_g, "scheduler_g": scheduler_g}
     state |= {"discriminator": discriminator, "optimizer_d": optimizer_d, "scheduler_d": scheduler_d}
     state |= {"scaler_g": precision_g.scaler, "scaler_d": precision_d.scaler}
-    stage = Stage("gan", s.gan_epochs, s.gan_batch, train, run, state)
-    stage.go_on(run.outputs / "face_restoration_generator_final.pth")
 
-    for epoch in stage.epochs():
-        means = Means(f"gan, epoch {epoch}")
-        for number, batch in enumerate(stage.batches()):
-            degraded, original, _ = to_device(batch, run.device)
-            train_g = trains_generator(epoch, number, s)
-            with torch.set_grad_enabled(train_g), precision_g.forward(generator):
-                restored = generator(degraded)
-            rng = np.random.default_rng(derive_seed(s.seed, "shift", epoch, number))
-            images = shifted((degraded, restored, original), s.shift, rng)
-            losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
-            if train_g:
-                losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g)
-                average.update_parameters(generator)
-            means.add(losses, len(degraded))
-        row = means.result()
-        row["val_l1"] = validation_losses(average.module, validation_loader, run.device)["l1"]
-        row |= {"lr_g": scheduler_g.get_last_lr()[0], "lr_d": scheduler_d.get_last_lr()[0]}
-        scheduler_g.step()
-        scheduler_d.step()
-        if epoch % s.checkpoint_every == 0:
-            weights = {"generator": average.module.state_dict(), "discriminator": discriminator.state_dict()}
-            save_checkpoint(run.outputs / f"face_restoration_gan_checkpoint_epoch_{epoch}.pth", run, **weights)
-        if epoch % s.sample_every == 0:
-            save_samples(average.module, samples, run.outputs / f"gan_sample_epoch_{epoch}.png")
-        stage.save(row)
-    return stage.history, average.module
+    with alone_in(run.outputs):
+        run = run._replace(begun_from=load_pretrained(generator, run))
+        average = average_of(generator, s.ema)  # what is validated and saved
+        stage = Stage("gan", s.gan_epochs, s.gan_batch, train, run, state | {"average": average})
+        stage.go_on(run.outputs / "face_restoration_generator_final.pth")
+        for epoch in stage.epochs():
+            means = Means(f"gan, epoch {epoch}", precision_g)
+            for number, batch in enumerate(stage.batches()):
+                degraded, original, _ = to_device(batch, run.device)
+                train_g = trains_generator(epoch, number, s)
+                with torch.set_grad_enabled(train_g), precision_g.forward(generator):
+                    restored = generator(degraded)
+                rng = np.random.default_rng(derive_seed(s.seed, "shift", epoch, number))
+                images = shifted((degraded, restored, original), s.shift, rng)
+                losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
+                if train_g:
+                    losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g)
+                    average.update_parameters(generator)
+                precision_g.keep_finite()  # where the generator was not trained
+                means.add(losses, len(degraded))
+            row = means.result()
+            row["val_l1"] = validation_losses(average.module, validation_loader, run.device)["l1"]
+            row |= {"lr_g": scheduler_g.get_last_lr()[0], "lr_d": scheduler_d.get_last_lr()[0]}
+            scheduler_g.step()
+            scheduler_d.step()
+            if epoch % s.checkpoint_every == 0:
+                weights = {"generator": average.module.state_dict(), "discriminator": discriminator.state_dict()}
+                save_checkpoint(run.outputs / f"face_restoration_gan_checkpoint_epoch_{epoch}.pth", run, **weights)
+            if epoch % s.sample_every == 0:
+                save_samples(average.module, samples, run.outputs / f"gan_sample_epoch_{epoch}.png")
+            stage.save(row)
+        generator.load_state_dict(average.module.state_dict())
+        for name, network in {"generator": generator, "discriminator": discriminator}.items():
+            weights = {name: network.state_dict(), "epoch": len(stage.history)}
+            save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
+    return stage.history
 
 
 # ======================================================================================================================
@@ -2056,13 +1981,10 @@ def restore_image_gan(
 ) -> np.ndarray:
     """Restores a photograph: reads `source`, writes `destination`, and returns what it wrote, uint8 BGR (H, W, 3).
 
-    Any image of any size that OpenCV reads: colour, grey, with transparency (which is dropped), 16-bit, palette,
-    EXIF-rotated. The result has the size it came in and keeps its sharpness: the network works at 256 px, and its
-    correction, not its picture, is scaled up and added to the photo, photo + upsample(G(small) - small). So noise finer
-    than the network's pixels stays, except where it sees a hole: there only its own picture counts. With `network_size`
-    that picture is written as it is, its longer side 256 px.
-
-    Raises ValueError if `source` cannot be read, or if `destination` is the source or has no known image suffix.
+    The network works at 256 px; its correction, not its picture, is scaled up and added to the photo, which so keeps
+    size and sharpness: photo + upsample(G(small) - small). In holes only the network's picture counts. With
+    `network_size` that picture is written, its longer side 256 px. Raises ValueError if `source` cannot be read, or if
+    `destination` is the source or has no known image suffix.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     if destination.resolve() == source.resolve():

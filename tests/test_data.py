@@ -53,7 +53,7 @@ def test_switches_are_1_or_0_and_nothing_else_and_that_is_said_at_the_start(monk
 
 def test_a_misspelt_variable_is_named_and_what_was_meant(monkeypatch):
     monkeypatch.setenv("RESTORATION_PROFLE", "smoke")
-    with pytest.raises(ValueError, match=r"RESTORATION_PROFLE means nothing.* RESTORATION_PROFILE"):
+    with pytest.raises(ValueError, match=r"no such variable: RESTORATION_PROFLE; there are RESTORATION_PROFILE"):
         ru.choose_settings(CPU)
 
 
@@ -211,7 +211,8 @@ def test_items_are_resized_normalised_and_carry_their_hole(pairs):
 def test_every_item_has_the_pixels_of_the_transform_to_the_last_bit(pairs):
     pairs = [*pairs, pairs[0]._replace(kind="clean")]
     for pair, (degraded, original, _) in zip(pairs, ru.FaceRestorationGANDataset(pairs)):
-        assert torch.equal(degraded, ru.image_transform()(ru.open_image(pair.degraded)))
+        expected = pair.original if pair.kind == "clean" else pair.degraded
+        assert torch.equal(degraded, ru.image_transform()(ru.open_image(expected)))
         assert torch.equal(original, ru.image_transform()(ru.open_image(pair.original)))
 
 
@@ -265,11 +266,11 @@ def test_faces_id_follows_names_and_contents(pairs):
     assert ru.faces_id(pairs) != ru.faces_id([*pairs[1:3], *pairs[3:], pairs[0]._replace(content="0")])
 
 
-def test_attached_degraded_images_are_used_if_they_are_right(faces, places, tmp_path, capsys):
+def test_attached_degraded_images_are_used_if_they_are_right(faces, places, tmp_path):
     ru.degrade_folder(faces, tmp_path / "input" / "nb01" / "fakefaces_degraded", TINY)
     attached = places._replace(attached=tmp_path / "input")
     assert ru.prepare_pairs(faces, attached, TINY)[0].degraded.is_relative_to(tmp_path / "input")
-    assert "attached" in capsys.readouterr().out
+    assert not places.degraded.exists()  # nothing was made again
     other = dataclasses.replace(TINY, seed=77)
     assert ru.prepare_pairs(faces, attached, other)[0].degraded.is_relative_to(places.degraded)
 

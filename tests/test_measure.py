@@ -51,7 +51,7 @@ def test_arrays_and_images_are_the_same_pixels():
 def test_the_fixed_inverse_undoes_a_fading_by_the_mean_factors():
     settings = dataclasses.replace(TINY, saturation=(0.5, 0.5), value=(0.9, 0.9))
     image = measure.to_arrays(smooth(1))[0] // 2 + 30
-    faded = ru.distort_colors(image, np.random.default_rng(0), settings.saturation, settings.value)
+    faded = ru.distort_colors(image, np.random.default_rng(0), settings)
     error = np.abs(measure.undo_mean_fading(faded, settings).astype(int) - image)
     assert error.max() <= 3 and np.abs(faded.astype(int) - image).max() > 10
 
