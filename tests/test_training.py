@@ -192,8 +192,8 @@ def test_four_epochs_equal_two_and_two_more_bit_for_bit(run, pairs, places, tmp_
     assert len(one["history"]) == 4 and same(one, two)
 
 
-def precision_of(dtype):
-    precision = ru.Precision(torch.device("cpu"), wanted=False)
+def precision_of(dtype, make=ru.Precision):
+    precision = make(torch.device("cpu"), wanted=False)
     precision.dtype = dtype
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == torch.float16)
     return precision
