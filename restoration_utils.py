@@ -384,9 +384,9 @@ def in_parallel(function: Callable, items: Sequence, label: str = "", unit: str 
     with bar, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for first in range(0, len(items), 64):
             for result in pool.map(function, items[first : first + 64]):
-                yield result
                 if label:
                     bar.update()
+                yield result
 
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}
@@ -710,7 +710,7 @@ def occlude_irregular(image: np.ndarray, rng: np.random.Generator, settings: Set
 def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
     """What `occlude_irregular` covers in an image of `shape` from the same generator state: uint8 (H, W), 255 inside.
 
-    Masks are drawn again from the seed whenever they are needed, and never stored.
+    Masks are drawn again from the seed; `store_images` keeps them at the networks' size.
     """
     mask = np.zeros(tuple(shape[:2]), np.uint8)
     for polygon in _polygons(shape, rng, settings):  # one at a time: together, fillPoly would leave overlaps open
@@ -965,7 +965,7 @@ def image_transform() -> transforms.Compose:
 class FaceRestorationGANDataset(Dataset):
     """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with kind, name, hole.
 
-    `hole` is the occlusion's true mask, float (1, 256, 256) in [0, 1], drawn again from the seed; zero for other kinds.
+    `hole` is the occlusion's true mask, float (1, 256, 256) in [0, 1]; zero for other kinds.
     An item is asked for by its index, or by (index, mirrored) to train with. The pixels are those of `image_transform`,
     from the file of `store_images`.
     """

@@ -32,7 +32,7 @@ import restoration_utils as ru
 
 ROOT = Path(__file__).parents[1]
 DRIVER = """
-import dataclasses, sys
+import contextlib, dataclasses, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from conftest import TINY
@@ -44,7 +44,8 @@ settings = dataclasses.replace(TINY, **(dict(pretrain_epochs=3, gan_epochs=3, ga
 places = ru.Places("test", outputs, outputs / "fakefaces_degraded")
 print("ready", flush=True)
 faces = ru.Faces(faces_folder, "", *ru.list_images(faces_folder))
-pairs = ru.prepare_pairs(faces, places, settings)
+with contextlib.redirect_stdout(None):
+    pairs = ru.prepare_pairs(faces, places, settings)
 print("degraded", flush=True)
 run, splits = ru.Run(settings, places, torch.device("cpu"), ru.faces_id(pairs)), ru.split_pairs(pairs, settings)
 generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
