@@ -827,7 +827,7 @@ def degrade_folder(
 ) -> DegradeReport:
     """Writes the three degraded versions of every original to `folder`, in parallel.
 
-    Returns the pairs and how many originals were degraded now. Every file says in its JPEG comment what made it; what
+    Returns a report with the pairs in it. Every file says in its JPEG comment what made it; what
     is there and right is not made again. Raises OSError if the disk is too full, ValueError if no original can be read,
     RuntimeError if another run is writing to the folder.
     """
