@@ -26,7 +26,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -450,7 +449,7 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> np.ndarray:
     """An opened image as uint8 RGB (H, W, 3). ValueError for what has no agreed range."""
     if image.mode[0] not in "IF":
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError("its values are neither of 8 nor of 16 bits")
@@ -464,18 +463,15 @@ def _is_incomplete_jpeg(content: bytes, image: Image.Image) -> bool:
     end looks like that, other bytes are put behind and in place of the picture's last ones: behind, they change nothing
     if it is whole; in place, they do.
     """
-    position = begin = end = 2
-    while (marker := content[position : position + 2])[:1] == b"\xff" and marker not in (b"\xff\xd8", b"\xff\xd9"):
-        if marker == b"\xff\xff":  # any number of them may precede a marker
-            position += 1
-            continue
-        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-        if marker == b"\xff\xda":  # the picture's data, up to the next marker that is no restart
-            following = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]").search(content, position)
-            if not following:
-                return True
-            begin, position = position, following.start()
-            end = position
+    begin = 2
+    while (marker := content[begin : begin + 2]) != b"\xff\xda":  # from segment to segment, to the picture's data
+        if not marker:
+            return True
+        filler = marker == b"\xff\xff"  # any number of them may precede a marker
+        begin += 1 if filler else 2 + int.from_bytes(content[begin + 2 : begin + 4], "big")
+    if (end := content.find(b"\xff\xd9", begin)) < 0:
+        return True
+    begin = max(begin, content.rfind(b"\xff\xda", begin, end))  # of the last scan, in progressive ones
     last = image.crop(((image.width - 1) // 8 * 8, (image.height - 1) // 8 * 8, *image.size)).convert("L")
     if np.ptp(np.asarray(last)) > 3 and len(set(content[end - 32 : end])) > 4 and b"\xff\xc2" not in content:
         return False
@@ -1233,6 +1229,13 @@ def check_images(images: Tensor, who: str) -> None:
         raise ValueError(f"{who} takes images of shape (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), not {tuple(images.shape)}")
 
 
+def whole_gradient(features: Tensor) -> Tensor:
+    """The same features. Their gradient, a slice of a concatenation's, is copied together: gaps slow batch norm."""
+    if features.requires_grad:
+        features.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+    return features
+
+
 class UNetGenerator(nn.Module):
     """U-Net of Isola et al. 2017 (pix2pix): 8 encoder layers from 256 x 256 to 1 x 1, 7 decoder layers back to
     128 x 128, each with the encoder's map of its size as a skip, and an output layer to 256 x 256 through Tanh.
@@ -1275,7 +1278,7 @@ class UNetGenerator(nn.Module):
             maps.append(x)  # (N, W, 128, 128), (N, 2W, 64, 64), ... (N, 8W, 1, 1)
         maps.pop()  # the bottleneck is no skip
         for layer in self.decoder:
-            x = torch.cat([layer(x), maps.pop()], 1)  # (N, 16W, 2, 2) to (N, 2W, 128, 128)
+            x = torch.cat([whole_gradient(y) for y in (layer(x), maps.pop())], 1)  # (N, 16W, 2, 2) to (N, 2W, 128, 128)
         return Restoration(self.output(x).float()) if self.plain else self.output(x, degraded)
 
 
