@@ -794,6 +794,18 @@ def test_gradients_that_are_not_finite_stop_the_training_before_anything_is_save
     assert len(ru.load_checkpoint(run.outputs / "gan_last.pth")["history"]) == 1
 
 
+def test_weights_that_are_not_finite_are_never_saved(run, tmp_path):
+    path, weights = tmp_path / "a.pth", ru.build_generator(TINY).state_dict()
+    ru.save_checkpoint(path, run, generator=weights)
+    good = path.read_bytes()
+    for network in ("generator", "discriminator", "average"):
+        with pytest.raises(
+            FloatingPointError, match=rf"a\.pth is not written: weights of the {network} are not finite"
+        ):
+            ru.save_checkpoint(path, run, **{network: {"weight": torch.tensor([1.0, float("inf")])}})
+    assert path.read_bytes() == good
+
+
 def test_no_validation_pairs_are_an_error_and_one_is_enough(run, pairs):
     run, split = split_of(run, pairs, pretrain_epochs=1)
     with pytest.raises(ValueError, match="no pairs"):
