@@ -570,6 +570,9 @@ def test_a_png_of_which_a_part_is_missing_is_refused_although_it_can_be_decoded(
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
     with pytest.raises(ValueError, match=r"a\.png: cannot be read"):
         ru.read_image(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(whole[:-16] + bytes(4) + whole[-12:])  # decodes, but for the checksum of its data
+    with pytest.raises(ValueError, match=r"b\.png: cannot be read"):
+        ru.read_image(tmp_path / "b.png")
 
 
 def test_the_orientation_of_a_tiff_is_applied_once_and_that_of_xmp_not_at_all(tmp_path):
