@@ -395,8 +395,8 @@ UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".a
 MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, restoring 80
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """The one loader of image files: uint8 BGR (H, W, 3), as `cv2.imread` orders it, EXIF orientation applied.
+def open_image(path: str | Path) -> Image.Image:
+    """The one loader of image files: a PIL image in RGB, EXIF orientation applied.
 
     16 bits are brought to 8, grey gets three equal channels, transparency is dropped, of an animation the first picture
     counts. By Pillow, which tells a whole file from a cut one, but for TIFFs, of which OpenCV reads more kinds; the
@@ -414,15 +414,13 @@ def read_image(path: str | Path) -> np.ndarray:
             pixels = None
             if image.format == "TIFF" and image.tag_v2.get(0x0112, 1) == 1:
                 pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-            if pixels is None:
-                pixels = cv2.cvtColor(_to_rgb(image), cv2.COLOR_RGB2BGR)
+            rgb = _to_rgb(image) if pixels is None else to_pil(pixels)
             if image.format == "PNG":
                 Image.open(io.BytesIO(content)).verify()  # the checksums, which loading does not look at
             elif image.format in ("JPEG", "MPO") and _is_incomplete_jpeg(content, image):
                 raise ValueError("a part of the picture is missing")
             orientation = _orientation(image)
-        pixels = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
-        return np.ascontiguousarray(np.rot90(pixels, QUARTER_TURNS[orientation - 1]))
+        return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
     except MemoryError as error:
         raise MemoryError(f"{path}: not enough memory to read it") from error
     except Exception as error:  # whatever Pillow's many readers trip over
@@ -432,7 +430,12 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path}: cannot be read ({reason}). {remedy}") from error
 
 
-QUARTER_TURNS = (0, 0, 2, 2, 1, 3, 3, 1)  # to the left, by EXIF orientation from 1; 2, 4, 5 and 7 are mirrored, too
+def read_image(path: str | Path) -> np.ndarray:
+    """The pixels of `open_image` as `cv2.imread` orders them: uint8 BGR (H, W, 3)."""
+    return cv2.cvtColor(np.asarray(open_image(path)), cv2.COLOR_RGB2BGR)
+
+
+UPRIGHT = dict(zip(range(2, 9), (Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2))))  # by EXIF orientation
 
 
 def _orientation(image: Image.Image) -> int:
@@ -446,14 +449,15 @@ def _orientation(image: Image.Image) -> int:
     return exif.get(0x0112) if exif.get(0x0112) in range(1, 9) else 1
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """An opened image as uint8 RGB (H, W, 3). ValueError for what has no agreed range."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image in RGB. ValueError for what has no agreed range."""
+    image.load()
     if image.mode[0] not in "IF":
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return image if image.mode == "RGB" else image.convert("RGB")
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError("its values are neither of 8 nor of 16 bits")
-    return np.dstack([(values >> 8).astype(np.uint8)] * 3)
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
 def _is_incomplete_jpeg(content: bytes, image: Image.Image) -> bool:
@@ -478,6 +482,7 @@ def _is_incomplete_jpeg(content: bytes, image: Image.Image) -> bool:
 
     def is_changed(start: bytes) -> bool:
         other = np.random.default_rng(0).integers(0, 255, 4096, dtype=np.uint8).tobytes()
+        start = start.rstrip(b"\xff")  # with what follows it would be a marker
         with Image.open(io.BytesIO(start + other + b"\xff\xd9")) as changed:
             return changed.tobytes() != image.tobytes()
 
@@ -487,11 +492,6 @@ def _is_incomplete_jpeg(content: bytes, image: Image.Image) -> bool:
 def to_pil(image: np.ndarray) -> Image.Image:
     """A uint8 BGR array (H, W, 3) as a PIL image in RGB."""
     return Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The file as a PIL image in RGB, with exactly the pixels of `read_image`."""
-    return to_pil(read_image(path))
 
 
 def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality, comment: str = "") -> None:

@@ -565,6 +565,14 @@ def test_small_and_flat_jpegs_are_whole(tmp_path, size, options):
         assert np.abs(ru.read_image(tmp_path / "a.jpg").astype(int) - level).max() <= 8
 
 
+def test_a_whole_jpeg_is_read_wherever_the_search_for_missing_parts_cuts_it(tmp_path):
+    for number in range(1000):  # of a few, the byte before the cut would begin a marker
+        pixels = np.full((9, 14), 228, np.uint8)
+        pixels[3, number % 14] = number * 7 % 256
+        (tmp_path / "a.jpg").write_bytes(cv2.imencode(".jpg", pixels)[1].tobytes())
+        assert ru.read_image(tmp_path / "a.jpg").shape == (9, 14, 3)
+
+
 def test_a_png_of_which_a_part_is_missing_is_refused_although_it_can_be_decoded(tmp_path):
     whole = encoded(scene(), "PNG")
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
