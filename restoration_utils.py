@@ -23,6 +23,7 @@ import ctypes
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -48,6 +49,7 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image, PngImagePlugin
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -55,6 +57,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, random_split
 from torchvision import transforms
+from torchvision.transforms.functional import rgb_to_grayscale
 from torchvision.utils import save_image
 
 # ======================================================================================================================
@@ -62,8 +65,7 @@ from torchvision.utils import save_image
 # ======================================================================================================================
 
 IMAGE_SIZE = 256  # px, what the networks see: eight halvings take it to 1
-KINDS = ("noisy", "color", "occluded")  # of degradation; their files end in _noisy.jpg and so on
-PLANES = 3 * (1 + len(KINDS)) + 1  # of an original at that size: RGB of it and of its degraded copies, and the hole
+KINDS = ("noisy", "color", "occluded", "aged")  # of degradation; their files end in _noisy.jpg and so on
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ class Settings:
     portraits: int = 400  # synthetic portraits to draw where there is no folder of faces
     portrait_size: int = 1024  # px
 
+    scenes: int = 400  # synthetic pictures without faces, to train on beside them
+
     # step 1, degradation
+    kinds: tuple[str, ...] = KINDS
     noise_sigma: float = 25.0  # of 255, at whatever size the original has
     saturation: tuple[float, float] = (0.3, 0.7)  # factor on S of HSV
     value: tuple[float, float] = (0.6, 1.2)  # factor on V of HSV
@@ -93,6 +98,8 @@ class Settings:
     pretrain_batch: int = 8
     gan_batch: int = 4
     flip: float = 0.5  # probability of mirroring a training pair
+    windows: int = 3  # of 256 px, cut from every original at random sizes; half of the training pairs, if there are any
+    undamaged: bool = True  # train on undamaged pairs, too, as many as of every kind
 
     # step 3, models
     width: int = 64  # channels of the generator's first layer; the widest have 8 times as many
@@ -133,11 +140,14 @@ TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, 
 FULL = Settings()
 PROFILES = {
     "full": FULL,
-    "quick": Settings("quick", max_faces=200, portraits=200, portrait_size=512, gan_epochs=3, **NARROW),
-    "smoke": Settings("smoke", max_faces=12, portraits=12, portrait_size=128, **TINY),
+    "quick": Settings(
+        "quick", max_faces=200, portraits=200, portrait_size=512, scenes=40, pretrain_epochs=7, gan_epochs=2, **NARROW
+    ),
+    "smoke": Settings("smoke", max_faces=12, portraits=12, portrait_size=128, scenes=2, windows=1, **TINY),
 }
 # The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew, the pair as it is.
 PLAIN = {"plain": True, "heads_weight": 0.0, "ema": 0.0, "shift": 0}
+PLAIN |= {"kinds": KINDS[:3], "scenes": 0, "windows": 0, "undamaged": False}
 VARIABLES = tuple(f"RESTORATION_{name}" for name in ("PROFILE", "PLAIN", "STRICT", "FACES"))
 
 
@@ -494,6 +504,25 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
 
 
+def without_tint(image: Image.Image) -> Image.Image:
+    """A photograph in one tone (grey, sepia, or grey with a cast) in neutral grey, RGB; any other as it is.
+
+    In one tone, colours depend on the brightness only: at 256 px, where grain is gone, R - G and B - G of 95 % of the
+    pixels are within 5 levels of the median at their brightness (more, if the tone is strong). With less than a fifth
+    of all brightnesses nobody can say: a blue wall is no blue print.
+    """
+    small = image.resize((min(IMAGE_SIZE, image.width), min(IMAGE_SIZE, image.height)), Image.Resampling.BOX)
+    brightness = np.asarray(small.convert("L")).ravel() // 8
+    if len(np.unique(brightness)) < 7:
+        return image
+    red, green, blue = np.asarray(small, np.float32).reshape(-1, 3).T
+    for chroma in (red - green, blue - green):
+        usual = ndimage.median(chroma, brightness, np.arange(32))[brightness]
+        if np.quantile(np.abs(chroma - usual), 0.95) > 5 + 0.13 * np.abs(chroma).mean():
+            return image
+    return image.convert("L").convert("RGB")
+
+
 def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality, comment: str = "") -> None:
     """Writes uint8 BGR (H, W, 3) atomically; a .jpg with the given quality, full colour resolution (4:4:4), a comment.
 
@@ -528,6 +557,7 @@ class Faces(NamedTuple):
     source: str  # what they are, in words
     names: list[str]  # paths relative to the folder, by which an original is called everywhere
     left_out: Mapping[str, str] = MappingProxyType({})  # files of the folder that are not used, and why
+    scenes: Sequence[Path] = ()  # pictures without faces, to train on beside them
 
     @property
     def files(self) -> list[Path]:
@@ -574,20 +604,24 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(found), left_out
 
 
-PORTRAITS_VERSION = 2  # to be raised when draw_portrait paints other people
+PICTURES_VERSION = 3  # to be raised when draw_portrait or draw_scene paints something else
 
 
-def draw_portraits(folder: Path, count: int, size: int, seed: int) -> None:
-    """Draws `count` synthetic portraits of `size` px as portrait_0000.jpg and so on; those already there are kept."""
-    paths = [folder / f"portrait_{index:04d}.jpg" for index in range(count)]
+def draw_pictures(what: str, count: int, settings: Settings, places: Places) -> list[Path]:
+    """Draws `count` synthetic portraits or scenes (`what`) in a folder of their own; those already there are kept."""
+    size, seed = settings.portrait_size, settings.seed
+    folder = places.outputs / f"synthetic_{what}s_{count}x{size}px_seed{seed}_v{PICTURES_VERSION}"
+    paths = [folder / f"{what}_{index:04d}.jpg" for index in range(count)]
 
     def draw(index: int) -> None:
-        if not paths[index].exists():  # who is on it depends on its number only
-            write_image(paths[index], draw_portrait(np.random.default_rng([seed, index]), size))
+        if not paths[index].exists():  # what is on it depends on its number only
+            paint = draw_portrait if what == "portrait" else draw_scene
+            write_image(paths[index], paint(np.random.default_rng([seed, index]), size))
 
     if not all(path.exists() for path in paths):
         with alone_in(folder):
-            list(in_parallel(draw, range(count), "drawing portraits", "face"))
+            list(in_parallel(draw, range(count), f"drawing {what}s", what))
+    return paths
 
 
 def _faces_folder(settings: Settings, places: Places) -> tuple[Path, str]:
@@ -609,9 +643,7 @@ def _faces_folder(settings: Settings, places: Places) -> tuple[Path, str]:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("RESTORATION_FACES=kaggle needs 'pip install kagglehub'") from error
         return Path(kagglehub.dataset_download("hyperclaw79/fakefaces")), "StyleGAN portraits (fakefaces, downloaded)"
-    style = f"{settings.portraits}x{settings.portrait_size}px_seed{settings.seed}_v{PORTRAITS_VERSION}"
-    folder = places.outputs / f"synthetic_portraits_{style}"
-    draw_portraits(folder, settings.portraits, settings.portrait_size, settings.seed)
+    folder = draw_pictures("portrait", settings.portraits, settings, places)[0].parent
     return folder, f"synthetic portraits of {settings.portrait_size} px, drawn by this project"
 
 
@@ -635,7 +667,7 @@ def find_faces(settings: Settings, places: Places) -> Faces:
         raise FileNotFoundError(f"no images ({suffixes}) in {folder} or its subfolders{reasons}")
     used = names[: settings.max_faces]
     source += f", the first {len(used)} of {len(names)}" if len(used) < len(names) else ""
-    return Faces(folder, source, used, left_out)
+    return Faces(folder, source, used, left_out, draw_pictures("scene", settings.scenes, settings, places))
 
 
 # ======================================================================================================================
@@ -714,11 +746,274 @@ def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Set
     return mask
 
 
-DEGRADATIONS = {"noisy": add_gaussian_noise, "color": distort_colors, "occluded": occlude_irregular}  # by kind
+# ======================================================================================================================
+# Ageing
+# ======================================================================================================================
+
+# What fifty years do to a print, in the order in which they do it. Lengths are in thousandths of the shorter side, so a
+# photograph ages alike at every size. The list of faults follows Wan et al. 2020 (old photos brought back to life), the
+# fading of dyes Wilhelm 1993 (cyan goes first, in the dark), the shape of scratches Kokaram 1998.
+
+BLACK_AND_WHITE = 0.45  # of aged photographs
+
+
+class Damage(NamedTuple):
+    """What hands did to a print: marks that cover it, from the first to the last."""
+
+    covers: list[np.ndarray]  # how far each pixel is covered, uint8 (H, W), 255 is wholly
+    paints: list[tuple[float, float, float]]  # with what, BGR
+
+
+def jagged_line(start: np.ndarray, end: np.ndarray, rng: np.random.Generator, rough: float) -> np.ndarray:
+    """A line from `start` to `end`, (points, 2), bent by midpoints moved sideways by about `rough` of its length."""
+    points = np.array([start, end], np.float64)
+    for _ in range(6):
+        step = np.diff(points, axis=0)
+        moved = rng.normal(0, rough, (len(step), 1)) * step[:, ::-1] * (1, -1)
+        middles = (points[:-1] + points[1:]) / 2 + moved
+        points = np.insert(points, np.arange(1, len(points)), middles, axis=0)
+    return points
+
+
+def _draw_line(canvas: np.ndarray, points: np.ndarray, opacity: float, thickness: float) -> None:
+    """A smooth-edged line; what is thinner than a pixel is fainter instead."""
+    strength = int(255 * opacity * min(1, max(thickness, 0.35)))
+    cv2.polylines(
+        canvas, [np.rint(points * 16).astype(np.int32)], False, strength, max(1, round(thickness)), cv2.LINE_AA, 4
+    )
+
+
+def _draw_scratches(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> None:
+    """Long, thin, nearly straight, mostly in one direction, here and there interrupted."""
+    size, direction = np.array(canvas.shape[::-1]), rng.uniform(0, math.pi)
+    for _ in range(rng.integers(1, 13)):
+        angle = direction + rng.normal(0, 0.15) if rng.random() < 0.7 else rng.uniform(0, math.pi)
+        reach = np.array((math.cos(angle), math.sin(angle))) * np.exp(rng.uniform(math.log(40), math.log(900))) * unit
+        begin = rng.uniform(-0.1, 1.0, 2) * size
+        line = jagged_line(begin, begin + reach, rng, rng.choice((0.003, 0.02)))
+        opacity, thickness = rng.uniform(0.4, 1), rng.uniform(0.6, 2.6) * unit
+        cuts = np.sort(rng.integers(0, len(line), 2 * rng.integers(1, 3)))
+        pieces = [line] if rng.random() < 0.5 else [line[a : b + 1] for a, b in zip(cuts[::2], cuts[1::2])]
+        for piece in pieces:
+            if len(piece) > 1:
+                _draw_line(canvas, piece, opacity, thickness)
+
+
+def _draw_cracks(light: np.ndarray, dark: np.ndarray, rng: np.random.Generator, unit: float) -> None:
+    """Folds from edge to edge and cracks that branch: a light core, where the emulsion is gone, beside a dark flank."""
+    size = np.array(light.shape[::-1])
+    todo = []
+    for _ in range(rng.integers(1, 4)):
+        if rng.random() < 0.4:  # a fold
+            across, places = rng.integers(2), rng.uniform(0.08, 0.92, 2)
+            begin, end = np.array((places[0], 0.0)), np.array((places[rng.integers(2)], 1.0))
+            begin, end = (begin[::-1], end[::-1]) if across else (begin, end)
+            todo.append((begin * size, end * size, rng.uniform(0.01, 0.04), rng.uniform(1, 4) * unit, 0))
+        else:
+            begin, angle = rng.uniform(0, 1, 2) * size, rng.uniform(0, 2 * math.pi)
+            reach = np.array((math.cos(angle), math.sin(angle))) * rng.uniform(60, 600) * unit
+            todo.append((begin, begin + reach, rng.uniform(0.06, 0.2), rng.uniform(1, 5) * unit, 2))
+    while todo:
+        begin, end, rough, thickness, branches = todo.pop()
+        line = jagged_line(begin, end, rng, rough)
+        flank = rng.choice((-1, 1)) * (thickness / 2 + 0.8 * unit)
+        _draw_line(dark, line + flank, rng.uniform(0.1, 0.6), 0.7 * thickness)
+        opacity, gone = rng.uniform(0.55, 1), rng.random(4) < 0.15  # in places the emulsion holds
+        for quarter in range(4):
+            piece = line[16 * quarter : 16 * quarter + 17]
+            if not gone[quarter]:
+                _draw_line(light, piece, opacity, thickness * rng.uniform(0.5, 1.3))
+        for _ in range(rng.integers(0, branches + 1)):
+            root, turn = line[rng.integers(8, 56)], rng.choice((-1, 1)) * rng.uniform(0.4, 1.2)
+            along = (end - begin) * rng.uniform(0.15, 0.45)
+            turned = along * math.cos(turn) + along[::-1] * (-1, 1) * math.sin(turn)
+            todo.append((root, root + turned, rough, 0.7 * thickness, 0))
+
+
+def _draw_dust(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> None:
+    """Specks, a few flakes, and hairs."""
+    size = np.array(canvas.shape[::-1])
+    count = int(np.exp(rng.uniform(math.log(5), math.log(250))))
+    places, radii = rng.uniform(0, 1, (count, 2)) * size, rng.exponential(1.0, count).clip(0.4, 4) * unit
+    for place, radius, opacity, flat, turn in zip(
+        places, radii, rng.uniform(0.4, 1, count), rng.uniform(0.4, 1, count), rng.uniform(0, 180, count)
+    ):
+        axes = np.maximum(np.rint(16 * radius * np.array((1, flat))), 8).astype(int).tolist()
+        strength = int(255 * opacity * min(1, max(radius, 0.5)))
+        cv2.ellipse(canvas, np.rint(16 * place).astype(int).tolist(), axes, turn, 0, 360, strength, -1, cv2.LINE_AA, 4)
+    for _ in range(rng.integers(0, 5)):
+        begin, angle = rng.uniform(0, 1, 2) * size, rng.uniform(0, 2 * math.pi)
+        reach = np.array((math.cos(angle), math.sin(angle))) * rng.uniform(15, 90) * unit
+        _draw_line(
+            canvas, jagged_line(begin, begin + reach, rng, 0.15), rng.uniform(0.4, 0.9), rng.uniform(0.5, 1.5) * unit
+        )
+
+
+def _draw_tears(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> None:
+    """Torn corners, worn edges, and pieces of the emulsion that came off."""
+    width, height = canvas.shape[::-1]
+    corners = np.array(((0, 0), (width, 0), (width, height), (0, height)), np.float64)
+    for number in range(4):
+        here, after = corners[number], corners[(number + 1) % 4]
+        before = corners[number - 1]
+        if rng.random() < 0.4:  # a corner
+            lengths = rng.uniform(20, 160, 2) * unit
+            first, last = (
+                here + (to - here) / np.linalg.norm(to - here) * d for to, d in zip((before, after), lengths)
+            )
+            cv2.fillPoly(
+                canvas,
+                [np.rint(16 * np.vstack((here, jagged_line(first, last, rng, 0.15)))).astype(np.int32)],
+                255,
+                cv2.LINE_AA,
+                4,
+            )
+        if rng.random() < 0.3:  # an edge
+            inwards = (corners[number - 1] - here) / np.linalg.norm(corners[number - 1] - here)
+            line = jagged_line(here, after, rng, 0.004) + inwards * rng.uniform(1, 14) * unit
+            cv2.fillPoly(canvas, [np.rint(16 * np.vstack((here, line, after))).astype(np.int32)], 255, cv2.LINE_AA, 4)
+    for _ in range(rng.integers(0, 4)):  # emulsion
+        centre, radius = rng.uniform(0, 1, 2) * (width, height), rng.uniform(4, 40) * unit
+        angles = np.sort(rng.uniform(0, 2 * math.pi, 9))
+        ring = centre + radius * rng.uniform(0.4, 1, (9, 1)) * np.stack((np.cos(angles), np.sin(angles)), 1)
+        ring = np.vstack([jagged_line(a, b, rng, 0.12)[:-1] for a, b in zip(ring, np.roll(ring, -1, 0))])
+        cv2.fillPoly(canvas, [np.rint(16 * ring).astype(np.int32)], 255, cv2.LINE_AA, 4)
+
+
+def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> Damage:
+    """What hands do to a print of `shape`: dust, scratches, cracks, torn corners, some of them or all."""
+    rng = np.random.default_rng(rng.integers(2**63))  # of its own: what is drawn later does not depend on the size
+    unit, care = min(shape[:2]) / 1000, rng.uniform(0.3, 1.1)
+    paper = tuple((rng.uniform(205, 245) + np.array((-14, -4, 0)) * rng.uniform(0, 1.5)).tolist())
+    ink = tuple(rng.uniform(5, 70, 3).mean() + np.zeros(3))
+    torn = paper if rng.random() < 0.7 else (rng.choice((8.0, 250.0)),) * 3
+    dark, light, tears = (np.zeros(shape[:2], np.uint8) for _ in range(3))
+    if rng.random() < care:
+        _draw_dust(light, rng, unit)
+    if rng.random() < 0.4 * care:
+        _draw_dust(dark, rng, unit)
+    if rng.random() < care:
+        _draw_scratches(light if rng.random() < 0.75 else dark, rng, unit)
+    if rng.random() < care:
+        _draw_cracks(light, dark, rng, unit)
+    if rng.random() < care:
+        _draw_tears(tears, rng, unit)
+    return Damage([dark, light, tears], [ink, paper, torn])
+
+
+def damage_mask(shape: Sequence[int], rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
+    """What `age_photo` damages physically in an image of `shape`, from the same generator state: uint8 (H, W)."""
+    covers = draw_damage(shape, rng).covers
+    return np.where(functools.reduce(cv2.max, covers) > 50, 255, 0).astype(np.uint8)
+
+
+def is_black_and_white(rng: np.random.Generator) -> bool:
+    """Whether `age_photo` makes a black-and-white print from this generator state: only grey can then come back."""
+    rng.integers(2**63)  # for `draw_damage`
+    return rng.random() < BLACK_AND_WHITE
+
+
+def to_grey(image: np.ndarray) -> np.ndarray:
+    """The luma of an image (H, W, 3), BGR, in three equal channels (ITU-R BT.601)."""
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+
+
+def fade(image: np.ndarray, rng: np.random.Generator, tone: float) -> np.ndarray:
+    """Fades the dyes: every channel gets lighter blacks, duller whites and another gamma; saturation goes.
+
+    uint8 BGR (H, W, 3) in and out. With `tone`, the image is grey and turns brown so far (0: neutral, 1: sepia).
+    """
+    severity = rng.uniform(0.3, 1)
+    black = severity * (rng.uniform(0, 0.25) + rng.uniform(-0.1, 0.1, 3))
+    white = 1 - severity * (rng.uniform(0, 0.35) + rng.uniform(-0.05, 0.3, 3) * rng.uniform(0, 1))
+    gamma = np.exp(severity * (rng.uniform(-0.45, 0.45) + rng.normal(0, 0.15, 3)))
+    if tone >= 0:
+        black, white, gamma = (np.full(3, values[1]) for values in (black, white, gamma))
+        white, black = white * (1 - tone * np.array((0.38, 0.14, 0))), black + tone * np.array((-0.02, 0.01, 0.05))
+        gamma = gamma * (1 + tone * np.array((0.3, 0.1, -0.1)))
+    black, white = black.clip(0, 0.4), white.clip(0.5, 1)
+    levels = np.arange(256)[:, None] / 255
+    curves = black + (white - black).clip(0.25) * levels**gamma  # (256, 3)
+    if tone < 0:
+        kept = 1 - severity * rng.uniform(0, 0.6)
+        image = cv2.addWeighted(image, kept, to_grey(image), 1 - kept, 0)
+    return cv2.LUT(image, np.rint(255 * curves.clip(0, 1)).astype(np.uint8)[None])
+
+
+def uneven_light(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """How much of its light a print has kept, float32 (H, W): paler patches, darker or lighter edges, stains."""
+    field = np.ones((48, 48), np.float32)
+    severity = rng.uniform(0, 1)
+    field += (
+        0.08 * severity * cv2.resize(rng.standard_normal((4, 4), np.float32), (48, 48), interpolation=cv2.INTER_CUBIC)
+    )
+    y, x = np.mgrid[-1:1:48j, -1:1:48j].astype(np.float32)
+    field += severity * rng.uniform(-0.25, 0.15) * np.maximum(np.abs(x), np.abs(y)) ** rng.uniform(3, 8)
+    field = cv2.resize(field, shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    unit = min(shape[:2]) / 1000
+    for _ in range(rng.integers(0, 4) if rng.random() < 0.4 else 0):  # stains, darker at their rim
+        stain, radius = np.zeros(shape[:2], np.uint8), rng.uniform(20, 160) * unit
+        centre, angles = rng.uniform(0, 1, 2) * shape[1::-1], np.linspace(0, 2 * math.pi, 13)[:-1]
+        ring = centre + radius * rng.uniform(0.6, 1, (12, 1)) * np.stack((np.cos(angles), np.sin(angles)), 1)
+        cv2.fillPoly(stain, [np.rint(16 * ring).astype(np.int32)], 255, cv2.LINE_AA, 4)
+        low, high = np.clip((centre - 1.5 * radius, centre + 1.5 * radius), 0, shape[1::-1]).astype(int)
+        part = np.s_[low[1] : high[1], low[0] : high[0]]
+        if min(high - low) > 4:
+            soft = cv2.blur(stain[part], (max(3, int(12 * unit)),) * 2).astype(np.float32) / 255
+            field[part] *= 1 - rng.uniform(0.03, 0.2) * (0.6 * soft + 1.6 * soft * (1 - soft))
+    return field
+
+
+def film_grain(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Grain in luminance, in grey levels, float32 (H, W): of 2 to 14 levels, its clumps of 1 to 2.5 pixels."""
+    size, strength = rng.uniform(1, 2.5), np.exp(rng.uniform(math.log(1.5), math.log(14)))
+    small = np.empty((math.ceil(shape[0] / size), math.ceil(shape[1] / size)), np.float32)
+    cv2.setRNGSeed(int(rng.integers(-(2**31), 2**31)))
+    cv2.randn(small, 0, strength * size**0.5)  # the interpolation takes away from it
+    return cv2.resize(small, shape[1::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
+    """Ages a photograph by some fifty years. uint8 BGR (H, W, 3) in and out; the input is not changed.
+
+    The lens and the paper (blur, black and white, sepia), the years (fading, uneven light, stains), grain, the hands
+    (dust, scratches, cracks, tears), the scanner (blur, JPEG). `damage_mask` redraws what the hands did,
+    `is_black_and_white` says whether the truth is the grey photograph.
+    """
+    damage = draw_damage(image.shape, rng)
+    unit = min(image.shape[:2]) / 1000
+    tone = -1.0
+    if rng.random() < BLACK_AND_WHITE:
+        image, tone = to_grey(image), rng.choice((0.0, rng.uniform(0, 1)))
+    if (lens := rng.uniform(0, 1.6) * unit) > 0.3:
+        image = cv2.GaussianBlur(image, (0, 0), lens)
+    image = fade(image, rng, tone)
+    aged = cv2.multiply(image, cv2.merge([uneven_light(image.shape, rng)] * 3), dtype=cv2.CV_32F)
+    if rng.random() < 0.8:
+        aged += film_grain(image.shape, rng)[..., None]
+    aged = cv2.convertScaleAbs(cv2.max(aged, 0))
+    for cover, paint in zip(*damage):
+        rows, columns = np.nonzero(cover)
+        share = cover[rows, columns, None] * np.float32(1 / 255)
+        texture = rng.normal(0, 5, (len(rows), 1)).astype(np.float32)
+        marked = aged[rows, columns] * (1 - share) + (np.float32(paint) + texture) * share
+        aged[rows, columns] = marked.clip(0, 255) + 0.5
+    if (scanner := rng.uniform(0, 1.0) * unit) > 0.3:
+        aged = cv2.GaussianBlur(aged, (0, 0), scanner)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))]
+    return cv2.imdecode(cv2.imencode(".jpg", aged, quality)[1], cv2.IMREAD_COLOR)
+
+
+# ======================================================================================================================
+# Degraded folders
+# ======================================================================================================================
+
+DEGRADATIONS = {"noisy": add_gaussian_noise, "color": distort_colors, "occluded": occlude_irregular, "aged": age_photo}
+MASKS = {"occluded": occlusion_mask, "aged": damage_mask}  # of what is physically damaged, for the kinds that have it
 
 
 def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, settings: Settings) -> np.ndarray:
-    """One of the three degradations by the name of its kind, with the numbers of `settings`."""
+    """One of the degradations by the name of its kind, with the numbers of `settings`."""
     return DEGRADATIONS[kind](image, rng, settings)
 
 
@@ -731,26 +1026,40 @@ def drawn_id(draw: Callable[[np.random.Generator], np.ndarray]) -> str:
 def degradation_id(settings: Settings) -> str:
     """A fingerprint of what the degradations make of a test card: files of an older code are known to be old."""
     card = (np.arange(96 * 128 * 3) % 251).astype(np.uint8).reshape(96, 128, 3)
-    drawn = [drawn_id(lambda rng, kind=kind: degrade(card, kind, rng, settings)) for kind in KINDS]
-    drawn.append(drawn_id(lambda rng: occlusion_mask(card.shape, rng, settings)))
-    names = ("seed", "noise_sigma", "saturation", "value", "polygons", "polygon_vertices", "polygon_size")
+    drawn = [drawn_id(lambda rng, kind=kind: degrade(card, kind, rng, settings)) for kind in settings.kinds]
+    drawn += [drawn_id(lambda rng, kind=kind: MASKS[kind](card.shape, rng, settings)) for kind in MASKS]
+    names = ("seed", "kinds", "noise_sigma", "saturation", "value", "polygons", "polygon_vertices", "polygon_size")
     return fingerprint(drawn, [getattr(settings, name) for name in (*names, "jpeg_quality")])
 
 
 class Pair(NamedTuple):
-    """A degraded image and its original. With the kind `clean`, a dataset gives the original on both sides."""
+    """A degraded image and its original."""
 
     kind: str  # of damage
     name: str  # of the original
     content: str  # fingerprint of the original's file, empty if it could not be read
     original: Path
     degraded: Path
+    is_scene: bool = False  # no face: to train on only
     store: Path = Path()  # the file that holds the pixels of both at the networks' size
-    row: int = 0  # where in it
+    row: int = 0  # where in it: the original's,
+    plane: int = 0  # its own first colour's,
+    mask_plane: int | None = None  # that of what is physically damaged
+    is_grey: bool = False  # a black-and-white print, of which no more than the grey photograph can come back
+
+    def undamaged(self) -> Pair:
+        """The original on both sides."""
+        return self._replace(kind="clean", plane=0, mask_plane=None, is_grey=False)
 
     def seed(self, settings: Settings) -> int:
         """What the damage is drawn from."""
         return derive_seed(settings.seed, self.kind, self.name)
+
+    def mask(self, shape: Sequence[int], settings: Settings) -> np.ndarray:
+        """What is physically damaged, drawn again: uint8 (H, W), 255 there, for a picture of `shape`."""
+        if self.kind not in MASKS:
+            return np.zeros(tuple(shape[:2]), np.uint8)
+        return MASKS[self.kind](shape, np.random.default_rng(self.seed(settings)), settings)
 
     def comment(self, settings: Settings) -> str:
         """What the degraded file says in its JPEG comment: which code, settings and original made it."""
@@ -764,7 +1073,7 @@ class Pair(NamedTuple):
         return False
 
 
-def plan_pairs(faces: Faces, copies: Path) -> list[Pair]:
+def plan_pairs(faces: Faces, copies: Path, settings: Settings) -> list[Pair]:
     """The pairs of all originals, the kinds of one side by side; every original is read for its fingerprint.
 
     The copies of a.jpg and a.png, or of one/a.jpg and two/a.jpg, get a short hash. Names over 200 bytes are cut.
@@ -775,24 +1084,27 @@ def plan_pairs(faces: Faces, copies: Path) -> list[Pair]:
             return fingerprint(path.read_bytes())
         return ""
 
-    stems = [PurePosixPath(name).stem.encode()[:200].decode(errors="ignore") for name in faces.names]
+    originals = [*zip(faces.names, faces.files), *((f"scenes/{path.name}", path) for path in faces.scenes)]
+    stems = [PurePosixPath(name).stem.encode()[:200].decode(errors="ignore") for name, _ in originals]
     count, pairs = Counter(map(str.casefold, stems)), []
-    for name, stem, path, content in zip(faces.names, stems, faces.files, in_parallel(content_of, faces.files)):
+    contents = in_parallel(content_of, [path for _, path in originals])
+    for number, ((name, path), stem, content) in enumerate(zip(originals, stems, contents)):
         unique = stem if count[stem.casefold()] == 1 else f"{stem}-{fingerprint(name)}"
-        pairs += [Pair(kind, name, content, path, copies / f"{unique}_{kind}.jpg") for kind in KINDS]
+        is_scene = number >= len(faces.names)
+        pairs += [Pair(k, name, content, path, copies / f"{unique}_{k}.jpg", is_scene) for k in settings.kinds]
     return pairs
 
 
-def _check_space(originals: Sequence[Path], folder: Path) -> None:
+def _check_space(originals: Sequence[Path], folder: Path, settings: Settings) -> None:
     """Raises OSError before the work begins if the degraded images will not fit on the disk, judging by some originals.
 
-    At quality 95 and 4:4:4 a noisy image takes about 1.7 bytes a pixel and the two others about 0.5 each.
+    At quality 95 and 4:4:4 a noisy image takes about 1.7 bytes a pixel and the others about 0.5 each.
     """
     pixels = []
     for path in originals[:: max(1, len(originals) // 50)]:
         with contextlib.suppress(Exception), Image.open(path) as image:
             pixels.append(image.width * image.height)
-    needed = len(originals) * (2.7 * float(np.mean(pixels or 0)) + PLANES * IMAGE_SIZE**2)  # and `store_images`
+    needed = len(originals) * (3.2 * float(np.mean(pixels or 0)) + math.prod(stored_shape(settings)))
     room = shutil.disk_usage(folder).free
     if folder.parent.parts[-2:] == ("kaggle", "working"):  # Kaggle keeps 20 GB of it, however large the disk is
         room = min(room, 20 * 10**9 - sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file()))
@@ -811,7 +1123,7 @@ class DegradeReport(NamedTuple):
     pairs: list[Pair]
 
     def __str__(self) -> str:
-        lines = [f"{counted(self.made, 'original')} degraded in {len(KINDS)} ways now, {self.kept} already done"]
+        lines = [f"{counted(self.made, 'original')} degraded now, {self.kept} already done"]
         if not self.made:
             lines = [f"{counted(self.kept, 'original')}, already done"]
         lines += ["left out:"] if self.left_out else []
@@ -821,7 +1133,7 @@ class DegradeReport(NamedTuple):
 def degrade_folder(
     faces: Faces, folder: Path, settings: Settings, workers: int = 0, attached: Sequence[Path] = ()
 ) -> DegradeReport:
-    """Writes the three degraded versions of every original to `folder`, in parallel.
+    """Writes the degraded versions of every original to `folder`, in parallel.
 
     Returns a report with the pairs in it. Every file says in its JPEG comment what made it; what
     is there and right is not made again. Raises OSError if the disk is too full, ValueError if no original can be read,
@@ -832,8 +1144,8 @@ def degrade_folder(
         elsewhere = (pair._replace(degraded=place / pair.degraded.name) for place in attached)
         return pair if pair.is_done(settings) else next((p for p in elsewhere if p.is_done(settings)), pair)
 
-    planned = [where_done(pair) for pair in plan_pairs(faces, folder)]
-    originals = [planned[first : first + len(KINDS)] for first in range(0, len(planned), len(KINDS))]
+    planned = [where_done(pair) for pair in plan_pairs(faces, folder, settings)]
+    originals = [list(same) for _, same in itertools.groupby(planned, lambda pair: pair.name)]
     todo = [pairs for pairs in originals if not all(pair.is_done(settings) for pair in pairs)]
     failed = {}
 
@@ -849,7 +1161,7 @@ def degrade_folder(
 
     if todo:
         with alone_in(folder):
-            _check_space([pairs[0].original for pairs in todo], folder)
+            _check_space([pairs[0].original for pairs in todo], folder, settings)
             reasons = in_parallel(work, todo, "degrading", "original", workers)
             failed = {pairs[0].name: reason for pairs, reason in zip(todo, reasons) if reason}
     if len(failed) == len(originals):
@@ -873,39 +1185,60 @@ def prepare_pairs(faces: Faces, places: Places, settings: Settings) -> list[Pair
     report = degrade_folder(faces, places.degraded, settings, attached=attached)
     print(f"Degraded images: {report}")
     pairs = report.pairs
-    if (count := len(pairs) // len(KINDS)) < 50 and settings.profile != "smoke":
+    if (count := len({pair.name for pair in pairs if not pair.is_scene})) < 50 and settings.profile != "smoke":
         print(f"NOTE: {counted(count, 'original')} will not teach much: 200 are enough to see something happen")
     return store_images(pairs, places, settings)
+
+
+def stored_shape(settings: Settings) -> tuple[int, ...]:
+    """Of one original in the store: views (whole, windows), planes (RGB of it and of every kind, masks), 256, 256."""
+    masks = sum(kind in MASKS for kind in settings.kinds)
+    return 1 + settings.windows, 3 * (1 + len(settings.kinds)) + masks, IMAGE_SIZE, IMAGE_SIZE
+
+
+def draw_views(size: tuple[int, int], settings: Settings, rng: np.random.Generator) -> list[tuple[float, ...]]:
+    """Which parts of a picture of `size` (width, height) are trained on: boxes (left, top, right, bottom).
+
+    The whole, and square windows that are 256 px when the picture's shorter side is some size between 256 px and its
+    own, half of them its own: what restoring sees.
+    """
+    short, views = min(size), [(0.0, 0.0, *map(float, size))]
+    for _ in range(settings.windows):
+        scaled = rng.choice((short, math.exp(rng.uniform(math.log(IMAGE_SIZE), math.log(max(short, IMAGE_SIZE + 1))))))
+        side = min(short, IMAGE_SIZE * short / scaled)
+        left, top = rng.uniform(0, 1, 2) * (size[0] - side, size[1] - side)
+        views.append((left, top, left + side, top + side))
+    return views
 
 
 def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> list[Pair]:
     """Reads all images of the pairs, once and in parallel, into one file in the outputs, and says in each pair where.
 
-    The file is a NumPy array, uint8 (originals, PLANES, 256, 256), which is mapped into memory: nothing is decoded
-    again in any epoch or notebook, and there may be more of it than memory. Its name says what it was made from.
+    The file is a NumPy array, uint8 (originals, views, planes, 256, 256), which is mapped into memory: nothing is
+    decoded again in any epoch or notebook, and there may be more of it than memory. Its name says what it is made from.
     """
-    originals = [pairs[first : first + len(KINDS)] for first in range(0, len(pairs), len(KINDS))]
-    what = fingerprint(degradation_id(settings), [(pair.name, pair.content) for pair in pairs])
-    store, shape = (
-        places.outputs / f"images_{IMAGE_SIZE}px_{what}.npy",
-        (len(originals), PLANES, IMAGE_SIZE, IMAGE_SIZE),
-    )
+    originals = [list(same) for _, same in itertools.groupby(pairs, lambda pair: pair.name)]
+    what = fingerprint(degradation_id(settings), settings.windows, [(pair.name, pair.content) for pair in pairs])
+    store, shape = places.outputs / f"images_{IMAGE_SIZE}px_{what}.npy", (len(originals), *stored_shape(settings))
 
     def read(same: list[Pair]) -> bytes:
-        planes, size = np.empty(shape[1:], np.uint8), shape[2:]
+        images = []
         for number, path in enumerate([same[0].original, *(pair.degraded for pair in same)]):
             try:
-                image = open_image(path)
+                images.append(open_image(path))
             except ValueError as error:
                 raise ValueError(f"{error}" + ("; or delete it: it is made again" if number else "")) from error
-            resized = image.resize(size, Image.Resampling.BILINEAR)  # antialiased
-            planes[3 * number : 3 * number + 3] = np.asarray(resized).transpose(2, 0, 1)
         if not all(pair.is_done(settings) for pair in same):
             raise ValueError(f"{same[0].degraded.parent} has been changed by another run meanwhile: run this again")
-        seed = next(pair for pair in same if pair.kind == "occluded").seed(settings)
-        mask = occlusion_mask(image.size[::-1], np.random.default_rng(seed), settings)
-        planes[-1] = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR))
-        return planes.tobytes()
+        size = images[0].size
+        images = [images[0], *(without_tint(image) for image in images[1:])]
+        images += [Image.fromarray(pair.mask(size[::-1], settings)) for pair in same if pair.kind in MASKS]
+        planes = []
+        for box in draw_views(size, settings, np.random.default_rng(derive_seed(settings.seed, "views", same[0].name))):
+            for image in images:
+                resized = np.asarray(image.resize(shape[-2:], Image.Resampling.BILINEAR, box))  # antialiased
+                planes.append(resized.transpose(2, 0, 1) if resized.ndim == 3 else resized[None])
+        return np.concatenate(planes).tobytes()
 
     if not store.is_file() or store.stat().st_size < math.prod(shape):
         with alone_in(places.outputs):
@@ -915,12 +1248,23 @@ def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> l
             with atomic(store) as temporary, temporary.open("wb") as file:
                 np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 file.writelines(in_parallel(read, originals, "reading", "original"))
-    return [pair._replace(store=store, row=number // len(KINDS)) for number, pair in enumerate(pairs)]
+    rows = {same[0].name: row for row, same in enumerate(originals)}
+    masks = {kind: 3 * (1 + len(settings.kinds)) + i for i, kind in enumerate(k for k in settings.kinds if k in MASKS)}
+    return [
+        pair._replace(
+            store=store,
+            row=rows[pair.name],
+            plane=3 * (1 + settings.kinds.index(pair.kind)),
+            mask_plane=masks.get(pair.kind),
+            is_grey=pair.kind == "aged" and is_black_and_white(np.random.default_rng(pair.seed(settings))),
+        )
+        for pair in pairs
+    ]
 
 
 def faces_id(pairs: Sequence[Pair]) -> str:
-    """A short fingerprint of the originals, names and contents, that every checkpoint made from them carries."""
-    return fingerprint(*sorted({(pair.name, pair.content) for pair in pairs}))
+    """A short fingerprint of the faces, names and contents, that every checkpoint made from them carries."""
+    return fingerprint(*sorted({(pair.name, pair.content) for pair in pairs if not pair.is_scene}))
 
 
 class Splits(NamedTuple):
@@ -938,6 +1282,8 @@ def split_pairs(pairs: Sequence[Pair], settings: Settings) -> Splits:
     Copies of one photograph under several names count as one. One permutation is cut into three: both stages'
     validation, the pretraining's validation only, both stages' training. ValueError for fewer than 2 originals.
     """
+    scenes = [pair for pair in pairs if pair.is_scene]
+    pairs = [pair for pair in pairs if not pair.is_scene]
     contents = list(dict.fromkeys(pair.content for pair in sorted(pairs, key=lambda pair: pair.name)))
     both = max(1, round(settings.gan_validation * len(contents)))
     pretrain = max(both, round(settings.pretrain_validation * len(contents)))
@@ -949,7 +1295,13 @@ def split_pairs(pairs: Sequence[Pair], settings: Settings) -> Splits:
     thirds = random_split(contents, sizes, torch.Generator().manual_seed(settings.seed))
     third_of = {content: number for number, third in enumerate(thirds) for content in third}
     final, middle, train = ([pair for pair in pairs if third_of[pair.content] == number] for number in range(3))
-    return Splits(train, final + middle, train + middle, final)
+
+    def to_train_on(faces: list[Pair]) -> list[Pair]:
+        chosen = faces + scenes
+        clean = [pair.undamaged() for pair in chosen if pair.kind == settings.kinds[0]]
+        return chosen + (clean if settings.undamaged else [])
+
+    return Splits(to_train_on(train), final + middle, to_train_on(train + middle), final)
 
 
 def image_transform() -> transforms.Compose:
@@ -959,11 +1311,12 @@ def image_transform() -> transforms.Compose:
 
 
 class FaceRestorationGANDataset(Dataset):
-    """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with kind, name, hole.
+    """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with the rest.
 
-    `hole` is the occlusion's true mask, float (1, 256, 256) in [0, 1]; zero for other kinds.
-    An item is asked for by its index, or by (index, mirrored) to train with. The pixels are those of `image_transform`,
-    from the file of `store_images`.
+    That is `kind`, `name`; `hole`, the true mask of what is physically damaged, float (1, 256, 256) in [0, 1];
+    `whole`, all of the degraded photograph at 64 px, float (3, 64, 64); `faded`, 1 or 0. An item is asked for by its
+    index, or by (index, mirrored, view) to train with; view 0 is the whole. The pixels are those of `image_transform`,
+    from the file of `store_images`. The original of a black-and-white print is grey.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -973,16 +1326,24 @@ class FaceRestorationGANDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, item: int | tuple[int, bool]) -> tuple[Tensor, Tensor, dict]:
-        index, mirrored = item if isinstance(item, tuple) else (item, False)
+    def __getitem__(self, item: int | tuple[int, bool, int]) -> tuple[Tensor, Tensor, dict]:
+        index, mirrored, view = item if isinstance(item, tuple) else (item, False, 0)
         pair = self.pairs[index]
-        planes = torch.from_numpy(self.images[pair.row])  # (PLANES, 256, 256)
-        first = 3 * ("clean", *KINDS).index(pair.kind)
-        degraded, original = (planes[i : i + 3].float().div_(255).sub_(0.5).div_(0.5) for i in (first, 0))
-        hole = planes[-1:].float().div_(255) if pair.kind == "occluded" else torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE)
+        views = torch.from_numpy(self.images[pair.row])  # (1 + windows, planes, 256, 256)
+        original, degraded, whole = (
+            views[v, i : i + 3].float().div_(255).sub_(0.5).div_(0.5)
+            for v, i in ((view, 0), (view, pair.plane), (0, pair.plane))
+        )
+        hole = torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE)
+        if pair.mask_plane:
+            hole = views[view, pair.mask_plane, None].float().div_(255)
+        if pair.is_grey:
+            original = rgb_to_grayscale(original, 3)
         if mirrored:
-            degraded, original, hole = (image.flip(-1) for image in (degraded, original, hole))
-        return degraded, original, {"kind": pair.kind, "name": pair.name, "hole": hole}
+            degraded, original, hole, whole = (image.flip(-1) for image in (degraded, original, hole, whole))
+        faded = torch.tensor(float(pair.kind in ("color", "aged")))
+        info = {"kind": pair.kind, "name": pair.name, "hole": hole, "whole": F.avg_pool2d(whole, 4), "faded": faded}
+        return degraded, original, info
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -991,7 +1352,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def make_loader(
-    pairs: Sequence[Pair], batch: int, device: torch.device, order: Sequence[tuple[int, bool]] | None = None
+    pairs: Sequence[Pair], batch: int, device: torch.device, order: Sequence[tuple[int, bool, int]] | None = None
 ) -> DataLoader:
     """A loader of (degraded, original, info) batches in the order given, or in that of the pairs.
 
@@ -1005,14 +1366,16 @@ def make_loader(
     return DataLoader(dataset, batch, sampler=order, drop_last=drop_last, pin_memory=on_gpu)
 
 
-def training_order(length: int, settings: Settings, stage: str, epoch: int) -> list[tuple[int, bool]]:
-    """For an epoch, the order of the pairs and whether each is mirrored: (index, mirrored).
+def training_order(length: int, settings: Settings, stage: str, epoch: int) -> list[tuple[int, bool, int]]:
+    """For an epoch, the order of the pairs, whether each is mirrored, and which view of it: (index, mirrored, view).
 
-    It depends on the settings' seed, the stage and the epoch only, so an epoch is the same after an interruption.
+    Half of the views are the whole picture. It depends on the settings' seed, the stage and the epoch only, so an
+    epoch is the same after an interruption.
     """
     rng = np.random.default_rng(derive_seed(settings.seed, stage, epoch))
     order, mirrored = rng.permutation(length), rng.random(length) < settings.flip
-    return list(zip(order.tolist(), mirrored.tolist()))
+    views = (rng.integers(max(1, 2 * settings.windows), size=length) - settings.windows + 1).clip(0, settings.windows)
+    return list(zip(order.tolist(), mirrored.tolist(), views.tolist()))
 
 
 # ======================================================================================================================
@@ -1042,37 +1405,57 @@ class DecoderLayer(nn.Sequential):
         super().__init__(nn.ReLU(), upsample, norm(outputs), *([nn.Dropout(dropout)] if dropout else []))
 
 
-class ColorHead(nn.Module):
-    """Estimates how far a photograph has faded, and undoes it: one brightness and one saturation for the whole image.
+def doubtless(probability: Tensor, low: float, high: float) -> Tensor:
+    """How far to act on a probability: not at all up to `low`, wholly from `high`."""
+    return ((probability - low) / (high - low)).clamp(0, 1)
 
-    With V = max(R, G, B), multiplying S and V of HSV by constants turns each channel c into v (V + s (c - V)), and
-    undoing it does so too. The two numbers come from how bright and how saturated the picture is where it is so least,
-    most, and in between: quantiles of V and S at 64 px. A third one says whether it has faded at all, without which
-    every good picture would be mended a little, too.
+
+class ColorHead(nn.Module):
+    """Estimates how a photograph has faded, from the whole of it, and how sure it is that it has.
+
+    Fading is a curve for every channel (black, white, gamma) and a loss of saturation S and brightness V of HSV. The
+    numbers come from how bright, how saturated and how tinted the picture is where it is so least, most and in between:
+    quantiles at 64 px. Blacks and whites are sought between those that are there and those that could be: how far to
+    stretch a channel is a smaller question than where its black is. Without the certainty, every good picture would be
+    mended a little, too: below a probability of 0.3 nothing is done, from 0.6 all of it.
     """
 
     QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
-        self.gains = nn.Sequential(nn.Linear(2 * len(self.QUANTILES), hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 3))
-        nn.init.zeros_(self.gains[-1].weight)  # starts as the identity
-        nn.init.zeros_(self.gains[-1].bias)
+        layers = [nn.Linear(7 * len(self.QUANTILES), hidden), nn.LeakyReLU(0.2)]
+        layers += [nn.Linear(hidden, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 12)]
+        self.layers = nn.Sequential(*layers)
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
 
-    def forward(self, degraded: Tensor) -> Tensor:
-        """The recoloured image, not clipped: (N, 3, 256, 256), 0 is half grey."""
-        rgb = (degraded + 1) / 2
-        small = F.avg_pool2d(rgb, 4).clamp(0, 1)  # (N, 3, 64, 64)
-        high, low = small.amax(1), small.amin(1)
-        maps = torch.stack([high, (high - low) / (high + 0.05)], 1).flatten(2)  # (N, 2, 4096)
-        quantiles = maps.quantile(maps.new_tensor(self.QUANTILES), dim=2)  # (9, N, 2)
-        with torch.autocast(degraded.device.type, enabled=False):  # the whole picture depends on these few numbers
-            gains = self.gains(4 * quantiles.permute(1, 2, 0).flatten(1) - 2)  # (N, 3)
-        gains, faded = 2 * torch.tanh(2.5 * gains[:, :2]), 2 * torch.sigmoid(6 * gains[:, 2:])  # slopes: learn fast
-        logarithms = (faded * gains).clamp(-2, 2)  # up to a factor of 7; the damage divides by no more than 3.3
-        brightness, saturation = logarithms.exp()[:, :, None, None, None].unbind(1)
-        value = rgb.amax(1, keepdim=True)
-        return 2 * brightness * (value + saturation * (rgb - value)) - 1  # (N, 3, 256, 256)
+    def forward(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """Photographs of 64 px, (N, 3, 64, 64) in [-1, 1], to curves for `recolor`, (N, 11), and logits (N,)."""
+        rgb = (whole.float() + 1) / 2
+        high, low = rgb.amax(1, keepdim=True), rgb.amin(1, keepdim=True)
+        red, green, blue = rgb.split(1, 1)
+        maps = torch.cat([rgb, high, (high - low) / (high + 0.05), red - green, blue - green], 1).flatten(2)
+        ranks = [round(quantile * (maps.shape[2] - 1)) for quantile in self.QUANTILES]
+        quantiles = maps.sort(2).values[:, :, ranks]  # (N, 7, 9)
+        with torch.autocast(whole.device.type, enabled=False):  # the whole picture depends on these few numbers
+            numbers = self.layers(4 * quantiles.flatten(1) - 2)  # (N, 12)
+        faded = 4 * numbers[:, -1]
+        sure = torch.sigmoid(faded) if self.training else doubtless(torch.sigmoid(faded), 0.3, 0.6)
+        sure, stretch = sure[:, None], torch.sigmoid(3 * numbers[:, :6])  # 3, and 2 below: learns fast
+        black = sure * stretch[:, :3] * quantiles[:, :3, 1]
+        white = 1 - sure * stretch[:, 3:] * (1 - quantiles[:, :3, -2])
+        gamma, gains = 0.9 * torch.tanh(2 * numbers[:, 6:9]), 1.5 * torch.tanh(2 * numbers[:, 9:11])
+        return torch.cat([black, -(white - black).clamp(min=0.1).log(), sure * gamma, sure * gains], 1), faded
+
+
+def recolor(images: Tensor, curves: Tensor) -> Tensor:
+    """Images (N, 3, H, W), 0 is half grey, through the curves of ColorHead; not clipped to [-1, 1], but to +-1.25."""
+    black, contrast, gamma = (values[:, :, None, None] for values in curves[:, :9].reshape(-1, 3, 3).unbind(1))
+    value_gain, saturation = curves[:, 9:].exp()[:, :, None, None, None].unbind(1)
+    rgb = (((images + 1) / 2 - black) * contrast.exp()).clamp(min=1e-4) ** gamma.exp()
+    value = rgb.amax(1, keepdim=True)  # with V the largest channel, S times s turns each channel c into V + s (c - V)
+    return (2 * value_gain * (value + saturation * (rgb - value)) - 1).clamp(-1.25, 1.25)
 
 
 def local_mean(images: Tensor) -> Tensor:
@@ -1102,10 +1485,11 @@ def noise_level(detail: Tensor) -> Tensor:
 
 
 class GrainHead(nn.Module):
-    """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN).
+    """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN), and specks.
 
     It sees the image minus its local mean, in units of the image's own noise level: what it learns for one amount of
-    noise holds for another, and it hardly touches a picture without. Starts at zero everywhere.
+    noise holds for another, and it hardly touches a picture without. It starts at zero. What stands out from the
+    noise, and is as small, is dust or a scratch: the same features say where.
     """
 
     def __init__(self, channels: int) -> None:
@@ -1113,15 +1497,19 @@ class GrainHead(nn.Module):
         first, second = (nn.Conv2d(i, channels, 3, padding=1) for i in (3, channels))
         self.features = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
         self.noise = nn.Conv2d(channels + 3, 3, 3, padding=1, bias=False)
+        self.specks = nn.Conv2d(channels, 1, 3, padding=1, bias=False)
         nn.init.zeros_(self.noise.weight)
+        nn.init.zeros_(self.specks.weight)
 
-    def forward(self, degraded: Tensor) -> Tensor:
-        """The noise, (N, 3, 256, 256), in the units of `degraded`."""
+    def forward(self, degraded: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise, (N, 3, 256, 256), in the units of `degraded`, and evidence of specks, logits (N, 1, 256, 256)."""
         detail = detail_of(degraded)  # (N, 3, 256, 256)
         level = noise_level(detail)  # (N, 1, 1, 1)
         detail = detail / level.clamp(min=1 / 127.5)  # at least an 8-bit step
         detail = detail.clamp(-6, 6)  # what stands out further is no noise
-        return 3 * level * convolve_both(self.noise, self.features(detail), detail).float()  # 3: learns fast
+        features = self.features(detail)
+        noise = 3 * level * convolve_both(self.noise, features, detail).float()  # 3, and 6 below: learns fast
+        return noise, 6 * self.specks(features).float()
 
 
 def convolve_both(convolution: nn.Conv2d, features: Tensor, images: Tensor) -> Tensor:
@@ -1183,17 +1571,18 @@ class Restoration(NamedTuple):
     """What the generator thinks: `restored` is its output, the others are what its heads are supervised by."""
 
     restored: Tensor  # (N, 3, 256, 256) in [-1, 1]
-    recolored: Tensor | None = None  # (N, 3, 256, 256), the input without grain, its colours mended, not clipped
-    hole: Tensor | None = None  # (N, 1, 256, 256), logits of the probability that a pixel was covered
+    recolored: Tensor | None = None  # (N, 3, 256, 256), the input with its colours mended
+    faded: Tensor | None = None  # (N,), logits of the probability that they had faded
+    hole: Tensor | None = None  # (N, 1, 256, 256), logits of the probability that a pixel is physically damaged
     repainted: Tensor | None = None  # (N, 3, 256, 256) in [-1, 1], what to paint there
 
 
 class OutputLayer(nn.Module):
-    """Brings 128 x 128 features to the 256 x 256 image, with the degraded input itself as one more skip.
+    """Brings 128 x 128 features to the 256 x 256 image, with the recoloured input itself as one more skip.
 
-    It starts close to the identity and learns to depart from it: less grain, mended colours, a correction of every
-    pixel; into the holes that it detects goes what is around them, corrected. Corrections are added inside Tanh, so the
-    output lies in [-1, 1] whatever the weights.
+    It starts close to the identity and learns to depart from it: less grain, a correction of every pixel; into the
+    holes that it detects goes what is around them, corrected. Corrections are added inside Tanh, so the output lies in
+    [-1, 1] whatever the weights.
     """
 
     def __init__(self, inputs: int, channels: int) -> None:
@@ -1201,26 +1590,37 @@ class OutputLayer(nn.Module):
         self.upsample = nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1)
         self.mix = nn.Conv2d(channels + 3, channels, 3, padding=1)
         self.propose = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, repaint, hole
-        self.recolor, self.grain, self.detect = ColorHead(), GrainHead(channels), HoleHead(channels)
+        self.grain, self.detect = GrainHead(channels), HoleHead(channels)
         with torch.no_grad():
             self.propose.weight[:6] *= 0.1
             self.propose.bias.zero_()
 
-    def forward(self, features: Tensor, degraded: Tensor) -> Restoration:
-        """From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input."""
+    def forward(self, features: Tensor, recolored: Tensor, damage: Tensor | None = None) -> Restoration:
+        """From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input.
+
+        `damage` (N, 1, 256, 256), 0 or 1, takes the place of what would be detected.
+        """
         upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
-        mixed = F.relu(convolve_both(self.mix, upsampled, degraded))  # (N, C, 256, 256)
-        proposals = convolve_both(self.propose, mixed, degraded).float()  # from here on in 32 bits
+        mixed = F.relu(convolve_both(self.mix, upsampled, recolored))  # (N, C, 256, 256)
+        proposals = convolve_both(self.propose, mixed, recolored).float()  # from here on in 32 bits
         correction, repaint, hole = proposals.split([3, 3, 1], 1)
-        recolored = self.recolor(degraded - self.grain(degraded))  # (N, 3, 256, 256)
-        hole = hole + self.detect(degraded)
+        grain, specks = self.grain(recolored)
+        without_grain = recolored - grain  # (N, 3, 256, 256)
+        hole = hole + self.detect(recolored) + specks
         covered = torch.sigmoid(hole)
+        if damage is not None:
+            covered = damage
+        elif not self.training:
+            covered = doubtless(
+                F.max_pool2d(covered, 3, 1, 1), 0.4, 0.6
+            )  # wider by a pixel: its edge is no detail to keep
         known = (1 - 2 * covered.detach()).clamp(min=0)  # what is rather hole than not is no source to fill from
-        surroundings = fill_from_around(recolored, known)  # (N, 3, 256, 256)
+        surroundings = fill_from_around(without_grain, known)  # (N, 3, 256, 256)
         limit = 1 - 1 / 255  # half an 8-bit step inside Tanh's open range
-        kept = torch.tanh(torch.atanh(recolored.clamp(-limit, limit)) + correction)
+        kept = torch.tanh(torch.atanh(without_grain.clamp(-limit, limit)) + correction)
         repainted = torch.tanh(torch.atanh(surroundings.clamp(-limit, limit)) + repaint)
-        return Restoration(kept + covered * (repainted - kept), recolored, hole, repainted)
+        restored = kept + covered * (repainted - kept)
+        return Restoration(restored, recolored, None, hole, repainted)
 
 
 def check_images(images: Tensor, who: str) -> None:
@@ -1260,26 +1660,38 @@ class UNetGenerator(nn.Module):
         for number in range(7, 0, -1):
             inputs = widths[number] if number == 7 else 2 * widths[number]
             self.decoder.append(DecoderLayer(inputs, widths[number - 1], norm, dropout if number > 4 else 0.0))
-        self.plain, self.output = plain, OutputLayer(2 * widths[0], full_resolution_channels)
-        if plain:  # every pixel is drawn anew from 128 x 128 features; there are no heads
+        self.plain = plain
+        if not plain:
+            self.color, self.output = ColorHead(), OutputLayer(2 * widths[0], full_resolution_channels)
+        else:  # every pixel is drawn anew from 128 x 128 features; there are no heads
             upsample = nn.ConvTranspose2d(2 * widths[0], 3, 4, stride=2, padding=1)
             self.output = nn.Sequential(nn.ReLU(), upsample, nn.Tanh())
 
-    def forward(self, degraded: Tensor) -> Tensor:
+    def forward(self, degraded: Tensor, whole: Tensor | None = None) -> Tensor:
         """The restored images only."""
-        return self.restore(degraded).restored
+        return self.restore(degraded, whole).restored
 
-    def restore(self, degraded: Tensor) -> Restoration:
-        """The restored images together with the detected holes and what was painted into them."""
+    def restore(self, degraded: Tensor, whole: Tensor | None = None) -> Restoration:
+        """The restored images together with the detected holes and what was painted into them.
+
+        For windows of photographs, `whole` are those at 64 px, (N, 3, 64, 64), from which the colours are judged.
+        """
         check_images(degraded, "the generator")
-        x, maps = degraded, []
+        if self.plain:
+            return Restoration(self.mend(degraded))
+        curves, faded = self.color(F.avg_pool2d(degraded, 4) if whole is None else whole)
+        return self.mend(recolor(degraded, curves))._replace(faded=faded)
+
+    def mend(self, recolored: Tensor, damage: Tensor | None = None) -> Restoration | Tensor:
+        """All but the colours; where `damage` (N, 1, 256, 256) is given, it is 1 in the holes and 0 elsewhere."""
+        x, maps = recolored, []
         for layer in self.encoder:
             x = layer(x)
             maps.append(x)  # (N, W, 128, 128), (N, 2W, 64, 64), ... (N, 8W, 1, 1)
         maps.pop()  # the bottleneck is no skip
         for layer in self.decoder:
             x = torch.cat([whole_gradient(y) for y in (layer(x), maps.pop())], 1)  # (N, 16W, 2, 2) to (N, 2W, 128, 128)
-        return Restoration(self.output(x).float()) if self.plain else self.output(x, degraded)
+        return self.output(x).float() if self.plain else self.output(x, recolored, damage)
 
 
 def build_generator(settings: Settings) -> UNetGenerator:
@@ -1335,7 +1747,7 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
 # Checkpoints
 # ======================================================================================================================
 
-CHECKPOINT_FORMAT = "face-restoration-5"
+CHECKPOINT_FORMAT = "face-restoration-6"
 MAY_CHANGE = {"pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "sample_every", "sample_faces"}
 MAY_CHANGE |= {"time_budget"}  # settings with which a run may go on that began with others
 GAN_ONLY = {"gan_batch", "generator_lr", "discriminator_lr", "gan_betas", "gan_lr_step", "l1_weight", "shift"}
@@ -1668,11 +2080,13 @@ def average_of(network: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
 
 
-def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Degraded, original and hole of a loader's batch on the device, channels last (a third faster on a CPU)."""
+def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor, dict]:
+    """A loader's batch on the device, images channels last (a third faster on a CPU)."""
     degraded, original, info = batch
     options = {"non_blocking": True, "memory_format": torch.channels_last}
-    return tuple(tensor.to(device, **options) for tensor in (degraded, original, info["hole"]))
+    moved = {key: info[key].to(device, **options) for key in ("hole", "whole")}
+    moved["faded"] = info["faded"].to(device, non_blocking=True)
+    return degraded.to(device, **options), original.to(device, **options), info | moved
 
 
 def image_losses(restored: Tensor, original: Tensor) -> dict[str, Tensor]:
@@ -1712,31 +2126,36 @@ def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Pat
 # ======================================================================================================================
 
 
-def heads_loss(restoration: Restoration, original: Tensor, hole: Tensor) -> Tensor:
-    """Teaches the heads of the output layer their tasks, each on its own: mend colours, find holes, fill them.
+def heads_loss(restoration: Restoration, original: Tensor, info: Mapping[str, Tensor]) -> Tensor:
+    """Teaches the heads their tasks, each on its own: say whether colours have faded, mend them, find holes, fill them.
 
-    L1 of the recoloured image outside the holes, cross-entropy of the detected against the true holes, and L1 of what
-    is painted into the true ones, times 10 since they are few; a hole counts as one pixel wider. Through the blended
-    output alone, the painter would learn only by way of a detector that is not yet sure.
+    L1 of the recoloured image outside the holes (at 64 px, where noise is gone), cross-entropy of faded against truly
+    faded and of the detected against the true holes, and L1 of what is painted into the true ones, times 10 since they
+    are few; a hole counts as one pixel wider. Through the blended output alone, the painter would learn only by way of
+    a detector that is not yet sure.
     """
-    touched = F.conv2d((hole > 0).float(), hole.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
+    damage = (info["hole"] > 0.15).float()
+    touched = F.conv2d(damage, damage.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
     hole = (touched > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
-    recolor = ((1 - hole) * (restoration.recolored - original).abs()).mean()
-    repaint = (hole * (restoration.repainted - original).abs()).mean()
-    return recolor + F.binary_cross_entropy_with_logits(restoration.hole, hole) + 10 * repaint
+    recolored, truth, known = (F.avg_pool2d(image, 4) for image in (restoration.recolored, original, 1 - hole))
+    recolor_loss = (known.floor() * (recolored - truth).abs()).mean()
+    faded_loss = F.binary_cross_entropy_with_logits(restoration.faded, info["faded"])
+    repaint_loss = (hole * (restoration.repainted - original).abs()).mean()
+    hole_loss = F.binary_cross_entropy_with_logits(restoration.hole, hole)
+    return recolor_loss + 0.1 * faded_loss + hole_loss + 10 * repaint_loss
 
 
 def pretrain_step(
     generator: UNetGenerator, optimizer: Optimizer, batch: tuple, run: Run, precision: Precision
 ) -> dict[str, Tensor]:
     """One update of the generator on L1 + 0.1 MSE + `heads_weight` x `heads_loss`; returns them one by one."""
-    degraded, original, hole = to_device(batch, run.device)
+    degraded, original, info = to_device(batch, run.device)
     with precision.forward(generator):
-        restoration = generator.restore(degraded)
+        restoration = generator.restore(degraded, info["whole"])
     losses = image_losses(restoration.restored, original)
     loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
     if run.settings.heads_weight and restoration.hole is not None:
-        losses["heads"] = heads_loss(restoration, original, hole)
+        losses["heads"] = heads_loss(restoration, original, info)
         loss = loss + run.settings.heads_weight * losses["heads"]
     precision.update(optimizer, loss)  # zero_grad(), backward(), step()
     return losses
@@ -1905,10 +2324,10 @@ def train_gan(
         for epoch in stage.epochs():
             means = Means(f"gan, epoch {epoch}", precision_g)
             for number, batch in enumerate(stage.batches()):
-                degraded, original, _ = to_device(batch, run.device)
+                degraded, original, info = to_device(batch, run.device)
                 train_g = trains_generator(epoch, number, s)
                 with torch.set_grad_enabled(train_g), precision_g.forward(generator):
-                    restored = generator(degraded)
+                    restored = generator(degraded, info["whole"])
                 rng = np.random.default_rng(derive_seed(s.seed, "shift", epoch, number))
                 images = shifted((degraded, restored, original), s.shift, rng)
                 losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
@@ -1955,58 +2374,248 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
     return {"psnr": psnr, "ssim": torch.tensor(ssim).double(), "l1": error.abs().mean((1, 2, 3))}
 
 
-def restore_pixels(photo: np.ndarray, generator: UNetGenerator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the network sees of a photo, what it makes of it, and where it sees holes.
+OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
-    Float RGB (h, w, 3) twice on the 0..255 scale, and probabilities (h, w, 1).
-    The longer side becomes 256 px; the rest of the network's square is filled by reflection and cut off again, so the
-    aspect is kept. `photo` is uint8 BGR (H, W, 3).
+
+class RestoredPhoto(NamedTuple):
+    """A restored photograph, uint8 BGR (H, W, 3), and what was repainted, uint8 (H, W), 255 where nothing is left."""
+
+    image: np.ndarray
+    repainted: np.ndarray
+
+
+def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
+    """From the networks' size to the photograph's own, (width, height), each at most twice the one before."""
+    longer = max(width, height)
+    steps = max(0, math.ceil(math.log2(longer / IMAGE_SIZE)))
+    scales = [(longer / IMAGE_SIZE) ** (step / steps - 1) for step in range(steps + 1)] if steps else [1.0]
+    return [(max(1, round(width * scale)), max(1, round(height * scale))) for scale in scales]
+
+
+def window_starts(length: int) -> list[int]:
+    """Where windows of 256 px begin that cover a side of `length` px with at least OVERLAP in common."""
+    count = max(1, math.ceil((length - OVERLAP) / (IMAGE_SIZE - OVERLAP)))
+    return np.linspace(0, max(0, length - IMAGE_SIZE), count).round().astype(int).tolist()
+
+
+def _cut(image: np.ndarray, x: int, y: int) -> np.ndarray:
+    """A window of an image; what lies beyond its edges is mirrored."""
+    cut = image[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
+    down, right = IMAGE_SIZE - cut.shape[0], IMAGE_SIZE - cut.shape[1]
+    return cv2.copyMakeBorder(cut, 0, down, 0, right, cv2.BORDER_REFLECT) if down or right else cut
+
+
+def _enlarged(image: np.ndarray, size: tuple[int, int], x: int, y: int) -> np.ndarray:
+    """The window of a smaller version of an image, where `size` (width, height) is that of the larger one."""
+    sx, sy = image.shape[1] / size[0], image.shape[0] / size[1]
+    to_small = np.array(((sx, 0, (x + 0.5) * sx - 0.5), (0, sy, (y + 0.5) * sy - 0.5)))
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, to_small, (IMAGE_SIZE, IMAGE_SIZE), flags=how, borderMode=cv2.BORDER_REFLECT)
+
+
+def _fade_in(target: np.ndarray, new: np.ndarray, overlap: int, axis: int) -> None:
+    """Puts `new` in the place of `target`; over the first `overlap` px along the axis one turns into the other."""
+    share = ((np.arange(target.shape[axis], dtype=np.float32) + 0.5) / max(overlap, 0.5)).clip(0, 1)
+    blended = target + share.reshape([-1 if i == axis else 1 for i in range(target.ndim)]) * (new - target)
+    target[...] = np.rint(blended) if target.dtype == np.uint8 else blended
+
+
+def _smooth(change: Tensor, known: Tensor, reach: float) -> Tensor:
+    """What is known of a change, (N, 3, H, W) and (N, 1, H, W), without anything finer than `reach` px."""
+    blurred = []
+    for image, weight in zip(change * known, known):
+        both = torch.cat([image, weight]).permute(1, 2, 0).cpu().numpy()
+        blurred.append(cv2.GaussianBlur(both, (0, 0), reach, borderType=cv2.BORDER_REFLECT))
+    both = torch.from_numpy(np.stack(blurred)).permute(0, 3, 1, 2).to(change)
+    return both[:, :3] / both[:, 3:].clamp(min=1e-3)
+
+
+def _to_tensor(windows: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """uint8 or float windows (256, 256, C) or (256, 256) on the 0..255 scale to (N, C, 256, 256) in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(windows).astype(np.float32).reshape(len(windows), IMAGE_SIZE, IMAGE_SIZE, -1))
+    return (stacked / 127.5 - 1).permute(0, 3, 1, 2).to(device, memory_format=torch.channels_last)
+
+
+def _by_windows(photo: np.ndarray, look: Callable[[list], Tensor], channels: int, bar: Any) -> np.ndarray:
+    """An image as large as `photo`, uint8 (H, W, channels), of what `look` makes of its windows, a few at a time.
+
+    It gets where they begin, (x, y), and returns values (N, channels, 256, 256) on the 0..255 scale.
     """
-    (height, width), size = photo.shape[:2], IMAGE_SIZE
-    scale = size / max(height, width)
-    h, w = max(1, round(height * scale)), max(1, round(width * scale))
-    rgb = to_pil(photo).resize((w, h), Image.Resampling.BILINEAR)
-    square = cv2.copyMakeBorder(np.asarray(rgb), 0, size - h, 0, size - w, cv2.BORDER_REFLECT)
-    device = next(generator.parameters()).device
-    image = image_transform()(Image.fromarray(square)).unsqueeze(0)
+    height, width = photo.shape[:2]
+    image, xs, ys = np.zeros((height, width, channels), np.uint8), window_starts(width), window_starts(height)
+    for j, y in enumerate(ys):
+        strip = np.zeros((IMAGE_SIZE, max(width, IMAGE_SIZE), channels), np.float32)
+        for first in range(0, len(xs), 4):
+            values = look([(x, y) for x in xs[first : first + 4]]).clamp(0, 255).permute(0, 2, 3, 1).cpu().numpy()
+            for i, window in enumerate(values, first):
+                overlap = xs[i - 1] + IMAGE_SIZE - xs[i] if i else 0
+                _fade_in(strip[:, xs[i] : xs[i] + IMAGE_SIZE], window, overlap, axis=1)
+                bar.update()
+        rows = image[y : y + IMAGE_SIZE]
+        _fade_in(rows, strip[: len(rows), :width], ys[j - 1] + IMAGE_SIZE - y if j else 0, axis=0)
+    return image
+
+
+def find_damage(levels: Sequence[np.ndarray], generator: UNetGenerator, curves: Tensor, bar: Any) -> np.ndarray:
+    """Where a photograph is physically damaged, uint8 (H, W), 255 there. `levels` are its sizes, RGB, its own the last.
+
+    At every size the network gives each pixel a probability. A region of likely pixels counts as a whole: it is damage
+    if that is more likely than not, on average over its pixels and over the sizes that can tell, its own among them.
+    Those are the sizes at which it is neither a dot nor larger than what is around it in a window; they have to agree.
+    """
+    maps = []
+    for photo in levels:
+
+        def look(places: list[tuple[int, int]], photo: np.ndarray = photo) -> Tensor:
+            windows = _to_tensor([_cut(photo, x, y) for x, y in places], curves.device)
+            return 255 * torch.sigmoid(generator.mend(recolor(windows, curves.expand(len(places), -1))).hole)
+
+        maps.append(_by_windows(photo, look, 1, bar)[..., 0])
+    mask, last = np.zeros_like(maps[-1]), len(maps) - 1
+    for number, own in enumerate(maps):
+        likely = (own > 0.4 * 255).astype(np.uint8)
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(likely)
+        inside = cv2.distanceTransform(likely, cv2.DIST_L1, 3, dstType=cv2.CV_8U)
+        radius, score, judges, ours = np.zeros((4, count))
+        np.maximum.at(radius, labels[likely > 0], inside[likely > 0])
+        for n, other in enumerate(maps):
+            reach = radius * max(other.shape) / max(own.shape)  # px at that size
+            tells = (reach > 1.5) & (reach < 40) | (n == 0) & (reach >= 40) | (n == last) & (reach <= 1.5)
+            values = cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA)
+            score += tells * sum(np.bincount(row, value, count) for row, value in zip(labels, values))
+            judges, ours = judges + tells, tells if n == number else ours
+        accepted = (ours > 0) & (score > 0.5 * 255 * judges * stats[:, cv2.CC_STAT_AREA])
+        accepted[0] = False
+        found = cv2.resize(np.uint8(255) * accepted[labels], mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        mask = cv2.max(mask, cv2.threshold(found, 127, 255, cv2.THRESH_BINARY)[1])
+    return cv2.dilate(mask, np.ones((3, 3), np.uint8))
+
+
+def mend_level(
+    photo: np.ndarray,
+    damage: np.ndarray,
+    generator: UNetGenerator,
+    curves: Tensor,
+    coarser: tuple[np.ndarray, np.ndarray] | None,
+    bar: Any,
+) -> np.ndarray:
+    """Restores `photo`, RGB uint8 (h, w, 3), by windows, repainting its `damage`, uint8 (h, w), more than 0 there.
+
+    `coarser` is what is known from the size before: the restored image, and the large-scale change.
+    """
+    size = photo.shape[1::-1]
+
+    def look(places: list[tuple[int, int]]) -> Tensor:
+        def tensor(cut: Callable, image: np.ndarray, *arguments: object) -> Tensor:
+            return _to_tensor([cut(image, *arguments, x, y) for x, y in places], curves.device)
+
+        seen = recolor(tensor(_cut, photo), curves.expand(len(places), -1))
+        hole = (tensor(_cut, damage) > -1).float()
+        if coarser:
+            image, drift = coarser
+            seen = seen + tensor(_enlarged, drift, size) + 1  # 1: it is a difference
+            deep = 1 - F.max_pool2d(1 - hole, 9, 1, 4)  # 4 px or more inside
+            seen = seen + deep * (tensor(_enlarged, image, size) - seen)
+            hole = hole * (1 - deep)  # what is narrow is filled at its own size, from both sides
+        restored, known = generator.mend(seen, hole).restored, 1 - hole
+        if coarser:  # windows see no more than themselves: what is large has been mended already
+            restored = restored - known * _smooth(restored - seen, known, 16)
+        return (restored + 1) * 127.5
+
+    return _by_windows(photo, look, 3, bar)
+
+
+def _restore_plainly(photo: np.ndarray, generator: UNetGenerator, size: tuple[int, int]) -> RestoredPhoto:
+    """The plain recipe's correction of the whole picture at 256 px, made as large as the photograph and added to it."""
+    small = np.asarray(to_pil(photo).resize(size, Image.Resampling.BILINEAR))
     with evaluating(generator):
-        restoration = generator.restore(image.to(device, memory_format=torch.channels_last))
-    restored = (restoration.restored[0].permute(1, 2, 0).cpu().numpy() + 1) * 127.5
-    hole = np.zeros((size, size, 1), np.float32)
-    if restoration.hole is not None:
-        hole = F.max_pool2d(restoration.hole, 3, 1, 1)[0]  # wider by a pixel: the edge of a hole is no detail to keep
-        hole = hole.sigmoid().permute(1, 2, 0).cpu().numpy()
-    return np.asarray(rgb, dtype=np.float32), restored[:h, :w], hole[:h, :w]
+        seen = _to_tensor([_cut(small, 0, 0)], next(generator.parameters()).device)
+        change = 127.5 * (generator(seen) - seen)[0, :, : size[1], : size[0]].permute(1, 2, 0).cpu().numpy()
+    change = cv2.resize(change, photo.shape[1::-1], interpolation=cv2.INTER_LINEAR)[..., ::-1]
+    image = np.rint(photo + change).clip(0, 255).astype(np.uint8)
+    return RestoredPhoto(image, np.zeros(photo.shape[:2], np.uint8))
+
+
+def restore_photo(
+    photo: np.ndarray, generator: UNetGenerator, fill: bool = True, mask: np.ndarray | None = None
+) -> RestoredPhoto:
+    """Restores a photograph, uint8 BGR (H, W, 3), at its own size.
+
+    From the whole picture at 256 px come its colours, what changes slowly across it, and large holes. Then its size is
+    doubled, up to its own: at every size the holes are filled from the one before, at its own overlapping windows mend
+    grain, scratches and dust. In one tone, it comes back in grey. Without `fill`, nothing is repainted; with a `mask`,
+    uint8 (H, W), what is lighter than half grey in it, and only that. ValueError if the mask has another size, or for
+    the plain recipe, which cannot say where it repaints.
+    """
+    if mask is not None and mask.shape != photo.shape[:2]:
+        sizes = [f"{image.shape[1]} x {image.shape[0]} px" for image in (mask, photo)]
+        raise ValueError(f"the mask has {sizes[0]}, the photograph {sizes[1]}")
+    sizes = level_sizes(*photo.shape[1::-1])
+    if generator.plain and (mask is not None or not fill):
+        raise ValueError("the plain recipe draws every pixel anew: it knows neither `fill` nor a mask")
+    if generator.plain:
+        return _restore_plainly(photo, generator, sizes[0])
+    if mask is None and not fill:
+        mask = np.zeros(photo.shape[:2], np.uint8)
+    picture = without_tint(to_pil(photo))
+    levels = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) for size in sizes[:-1]]
+    levels.append(np.asarray(picture))
+    is_grey = bool((levels[0] == levels[0][..., :1]).all())
+    whole = np.asarray(picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR))
+    del picture, photo  # a large one takes much memory
+    windows = sum(len(window_starts(w)) * len(window_starts(h)) for w, h in sizes)
+    with evaluating(generator), progress("restoring", windows * (1 if mask is not None else 2), "window") as bar:
+        curves = generator.color(F.avg_pool2d(_to_tensor([whole], next(generator.parameters()).device), 4))[0]
+        if is_grey:  # one curve for all
+            tones = [values.mean(1, keepdim=True).expand(-1, 3) for values in curves[:, :9].split(3, 1)]
+            curves = torch.cat([*tones, curves[:, 9:]], 1)
+        if mask is None:
+            damage = find_damage(levels, generator, curves, bar)
+        else:
+            damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]
+        coarser = None
+        for level in levels if damage.any() else levels[:1] + levels[1:][-1:]:
+            hole = cv2.resize(damage, level.shape[1::-1], interpolation=cv2.INTER_AREA)
+            hole = cv2.threshold(hole, 12, 255, cv2.THRESH_BINARY)[1]  # a twentieth of a pixel
+            image = mend_level(level, hole, generator, curves, coarser, bar)
+            if is_grey:
+                image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+            if coarser is None:
+                before = recolor(_to_tensor([_cut(level, 0, 0)], curves.device), curves)
+                before = before[..., : image.shape[0], : image.shape[1]]
+                after = torch.from_numpy(image).to(before).permute(2, 0, 1)[None] / 127.5 - 1
+                known = 1 - torch.from_numpy(hole).to(before)[None, None] / 255
+                drift = 127.5 * _smooth(after - before, known, 8)[0].permute(1, 2, 0).cpu().numpy()
+            coarser = image, drift
+    return RestoredPhoto(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), damage)
 
 
 def restore_image_gan(
-    source: str | Path, destination: str | Path, generator: UNetGenerator, network_size: bool = False
+    source: str | Path,
+    destination: str | Path,
+    generator: UNetGenerator,
+    fill: bool = True,
+    mask: str | Path | None = None,
 ) -> np.ndarray:
-    """Restores a photograph: reads `source`, writes `destination`, and returns what it wrote, uint8 BGR (H, W, 3).
+    """Restores a photograph at its own size: reads `source`, writes `destination`, says how much has been repainted.
 
-    The network works at 256 px; its correction, not its picture, is scaled up and added to the photo, which so keeps
-    size and sharpness: photo + upsample(G(small) - small). In holes only the network's picture counts. With
-    `network_size` that picture is written, its longer side 256 px. Raises ValueError if `source` cannot be read, or if
-    `destination` is the source or has no known image suffix.
+    Returns what it wrote, uint8 BGR (H, W, 3). `fill` and `mask` (an image file, white is damage) as in
+    `restore_photo`, which also returns what was repainted. Raises ValueError if `source` cannot be
+    read, or if `destination` is the source or has no known image suffix.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     if destination.resolve() == source.resolve():
         raise ValueError(f"{destination}: the original would be overwritten; choose another name for the result")
     if destination.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
-    photo = read_image(source)
-    small, restored, hole = restore_pixels(photo, generator)
-    if not network_size:  # in place: a large photo's floats take much memory
-        size = photo.shape[1::-1]
-        how = cv2.INTER_AREA if max(size) < IMAGE_SIZE else cv2.INTER_LINEAR
-        detail, restored, hole = (cv2.resize(image, size, interpolation=how) for image in (small, restored, hole))
-        np.subtract(photo[..., ::-1], detail, out=detail)
-        detail *= np.clip(2 - 2 * hole, 0, 1)[..., None]  # being unsure is not enough to lose detail
-        restored += detail
-    np.clip(np.rint(restored, out=restored), 0, 255, out=restored)
-    image = np.ascontiguousarray(restored[..., ::-1], dtype=np.uint8)
-    write_image(destination, image)
-    return image
+    if mask is not None and destination.resolve() == Path(mask).expanduser().resolve():
+        raise ValueError(f"{destination}: the mask would be overwritten; choose another name for the result")
+    given = None if mask is None else read_image(Path(mask).expanduser()).max(2)
+    restored = restore_photo(read_image(source), generator, fill, given)
+    write_image(destination, restored.image)
+    share = "every pixel drawn anew" if generator.plain else f"{restored.repainted.mean() / 255:.2%} repainted"
+    print(f"{destination.name}: {share}")
+    return restored.image
 
 
 # ======================================================================================================================
@@ -2358,6 +2967,22 @@ def bend_to_sitter(rng: np.random.Generator, image: np.ndarray, sitter: Sitter) 
     return cv2.remap(image, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
+def develop(rng: np.random.Generator, image: np.ndarray, grain: float) -> np.ndarray:
+    """Makes a photograph of a painting, float32 BGR 0..1: its blacks, whites and colours, and grain; uint8 BGR.
+
+    Most photographs reach from black to white, and few are pale; some are not so. Whoever learns from pictures without
+    that takes what is good for faded, or the other way round.
+    """
+    low, high = np.quantile(image.min(2)[::4, ::4], 0.005), np.quantile(image.max(2)[::4, ::4], 0.995)
+    usual = rng.random() < 0.85
+    black, white = rng.uniform(0, 0.03 if usual else 0.15), rng.uniform(0.94 if usual else 0.6, 1)
+    image = black + (image - low) * np.float32((white - black) / max(high - low, 0.2))
+    value = image.max(2, keepdims=True)
+    image = value - np.float32(rng.uniform(0.6, 1.7) if usual else rng.uniform(0.3, 1.5)) * (value - image)
+    image += grain * rng.standard_normal((*image.shape[:2], 1), np.float32)
+    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
 def draw_portrait(rng: np.random.Generator, size: int = 512) -> np.ndarray:
     """Paints one invented person as a uint8 BGR picture of size x size pixels."""
     sitter, full = Sitter(rng), max(size, 384)  # thin hairs need pixels: smaller pictures are reduced at the end
@@ -2377,5 +3002,105 @@ def draw_portrait(rng: np.random.Generator, size: int = 512) -> np.ndarray:
     bristles = sitter.face_hair[: rng.choice((1, 3, 3))]  # the others are stubble: shadows without hairs
     paint_hair(rng, image, sitter, bristles + sitter.head_hair, hair)
     image = cv2.resize(bend_to_sitter(rng, image, sitter), (size, size), interpolation=cv2.INTER_AREA)
-    image += 0.008 * rng.standard_normal((size, size, 1), np.float32)
-    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return develop(rng, image, 0.008)
+
+
+def cloud_noise(rng, size, slope):
+    """Noise with a power spectrum of 1 / f^slope, about -1..1, float32 (size, size): clouds (2.5) to gravel (0.5)."""
+    noise, weight = np.zeros((size, size), np.float32), 0.0
+    for octave in range(2, int(math.log2(size)) + 1):
+        amplitude = 2.0 ** (-octave * (slope - 1) / 2)
+        small = rng.standard_normal((2**octave, 2**octave), np.float32)
+        noise += amplitude * cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
+        weight += amplitude**2
+    return noise / math.sqrt(weight) / 2
+
+
+def _texture(rng: np.random.Generator, size: int, colors) -> np.ndarray:
+    """A square of cloth, bark, wall, leaves or lettering in two colours, float32 BGR (size, size, 3)."""
+    kind, first, second = rng.choice(6, p=(0.2, 0.2, 0.15, 0.25, 0.1, 0.1)), *colors
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+    angle, period = rng.uniform(0, math.pi), np.exp(rng.uniform(math.log(3), math.log(60))) * size / 512
+    u = (x * math.cos(angle) + y * math.sin(angle)) / period
+    v = (y * math.cos(angle) - x * math.sin(angle)) / period
+    if kind == 0:  # plain, with a soft gradient
+        share = 0.5 + 0.5 * np.tanh((u - u.mean()) * period / size * rng.uniform(0.2, 3))
+    elif kind == 1:  # stripes
+        share = np.clip(0.5 + rng.choice((0.7, 3)) * np.sin(2 * math.pi * u), 0, 1)
+    elif kind == 2:  # checks or dots
+        wave = np.sin(2 * math.pi * u) * np.sin(2 * math.pi * v)
+        share = np.clip(rng.uniform(-0.5, 0.7) + rng.choice((1, 4)) * wave, 0, 1)
+    elif kind == 3:  # clouds to gravel
+        share = np.clip(0.5 + rng.uniform(0.2, 0.8) * cloud_noise(rng, size, rng.uniform(0.3, 2.6)), 0, 1)
+    elif kind == 4:  # grass, hair, twigs: thin strokes
+        strokes = np.zeros((size, size), np.uint8)
+        for _ in range(rng.integers(30, 250)):
+            begin, turn = rng.uniform(0, size, 2), angle + rng.normal(0, rng.choice((0.1, 0.4, 2)))
+            end = begin + np.array((math.cos(turn), math.sin(turn))) * rng.uniform(0.05, 0.5) * size
+            bend = (begin + end) / 2 + rng.normal(0, 0.03, 2) * size
+            line = np.rint(16 * smooth_curve(np.stack((begin, bend, end)))).astype(np.int32)
+            cv2.polylines(strokes, [line], False, int(rng.integers(80, 256)), int(rng.integers(1, 3)), cv2.LINE_AA, 4)
+        share = strokes.astype(np.float32) / 255
+    else:  # lettering
+        page, height = np.zeros((size, size), np.uint8), rng.uniform(0.02, 0.12) * size
+        font, thick = int(rng.integers(8)), max(1, round(height / rng.uniform(6, 14)))
+        for line in np.arange(height, size, height * 1.5):
+            text = "".join(chr(code) for code in rng.integers(32, 123, 60))
+            cv2.putText(page, text, (int(rng.integers(0, 20)), int(line)), font, height / 30, 255, thick, cv2.LINE_AA)
+        share = page.astype(np.float32) / 255
+    return first + (second - first) * np.float32(share)[..., None]
+
+
+def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
+    """Paints dead leaves (Lee, Mumford and Huang 2001): textured shapes of power-law sizes that hide each other.
+
+    uint8 BGR (size, size, 3). Denoisers trained on such pictures alone come close to those trained on photographs
+    (Achddou et al. 2021); here they also show the detectors what is no damage: hard edges, thin lines, letters, black,
+    white and motley areas.
+    """
+    contrast, vividness, middle = rng.uniform(0.25, 1), rng.beta(1.2, 2.0), rng.uniform(0.25, 0.75)
+    hue = rng.uniform(0, 1, 3)
+
+    def colors() -> tuple[np.ndarray, np.ndarray]:
+        pair = []
+        for _ in range(2):
+            grey = rng.choice((*rng.uniform(0, 1, 3), rng.uniform(0, 0.1), rng.uniform(0.9, 1))) - 0.5
+            tint = (rng.choice((hue, rng.uniform(0, 1, 3))) - 0.5) * vividness
+            pair.append(np.float32((middle + contrast * (grey + tint)).clip(0, 1)))
+        return tuple(pair)
+
+    textures = [_texture(rng, size, colors()) for _ in range(6)]
+    image, clouds = textures[0].copy(), cloud_noise(rng, size, 2.2)
+    count, smallest = int(np.exp(rng.uniform(math.log(8), math.log(250)))), rng.uniform(0.006, 0.05)
+    radii = np.sort(np.minimum(smallest * (1 - rng.random(count)) ** -0.8, 0.4))[::-1] * size  # power law
+    for radius in radii:
+        centre, corners = rng.uniform(0, size, 2), rng.choice((3, 4, 4, 6, 12, 24))
+        angles = (
+            np.sort(rng.uniform(0, 2 * math.pi, corners))
+            if rng.random() < 0.5
+            else (np.linspace(0, 2 * math.pi, corners, endpoint=False) + rng.uniform(0, 6))
+        )
+        ring = (
+            radius
+            * rng.uniform(rng.choice((0.3, 0.9)), 1, (corners, 1))
+            * np.stack((np.cos(angles), np.sin(angles)), 1)
+        )
+        ring = ring * (1, rng.choice((1, 1, 0.1, 0.4)))
+        turn = rng.uniform(0, math.pi)
+        ring = centre + ring @ np.array(((math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))))
+        ring = smooth_curve(np.vstack((ring, ring[:1])), 4) if rng.random() < 0.5 else ring
+        low, high = np.clip((ring.min(0) - 1, ring.max(0) + 2), 0, size).astype(int)
+        if min(high - low) < 1:
+            continue
+        part = np.s_[low[1] : high[1], low[0] : high[0]]
+        mask = np.zeros((high - low)[::-1], np.uint8)
+        cv2.fillPoly(mask, [np.rint(16 * (ring - low)).astype(np.int32)], 255, cv2.LINE_AA, 4)
+        if rng.random() < 0.2:
+            mask = cv2.GaussianBlur(mask, (0, 0), rng.uniform(0.5, 4))
+        paint = colors()[0] if rng.random() < 0.4 else textures[rng.integers(6)][part]
+        light = 1 + rng.normal(0, 0.12) + rng.uniform(0.02, 0.25) * clouds[part]  # nothing is quite flat, but holes
+        image[part] += (paint * light[..., None] - image[part]) * (mask * np.float32(1 / 255))[..., None]
+    image *= 1 + rng.uniform(0, 0.25) * cloud_noise(rng, size, 2.8)[..., None]
+    if (blur := rng.choice((0, 0, rng.uniform(0.4, 1.5)))) > 0:
+        image = cv2.GaussianBlur(image, (0, 0), blur)
+    return develop(rng, image, rng.uniform(0, 0.01))

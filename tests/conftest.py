@@ -16,7 +16,13 @@ matplotlib.use("Agg")
 import restoration_utils as ru
 
 TINY = dataclasses.replace(
-    ru.PROFILES["smoke"], width=2, discriminator_width=2, full_resolution_channels=2, mixed_precision=False
+    ru.PROFILES["smoke"],
+    width=2,
+    discriminator_width=2,
+    full_resolution_channels=2,
+    mixed_precision=False,
+    scenes=0,
+    undamaged=False,
 )
 
 
@@ -64,4 +70,9 @@ def batch():
     degraded, original = (torch.rand(2, 3, 256, 256, generator=generator) * 2 - 1 for _ in range(2))
     hole = torch.zeros(2, 1, 256, 256)
     hole[:, :, 50:90, 60:100] = 1
-    return degraded, original, {"kind": ["occluded"] * 2, "name": ["a", "b"], "hole": hole}
+    whole, faded = torch.nn.functional.avg_pool2d(degraded, 4), torch.tensor([0.0, 1.0])
+    return (
+        degraded,
+        original,
+        {"kind": ["occluded", "aged"], "name": ["a", "b"], "hole": hole, "whole": whole, "faded": faded},
+    )

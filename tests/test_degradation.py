@@ -104,7 +104,7 @@ def test_folder_bytes_do_not_depend_on_the_number_of_workers(faces, tmp_path):
     for workers in (1, 4):
         ru.degrade_folder(faces, tmp_path / str(workers), TINY, workers)
     assert hashes(tmp_path / "1") == hashes(tmp_path / "4")
-    assert len(hashes(tmp_path / "1")) == 30
+    assert len(hashes(tmp_path / "1")) == 40
     one = ru.Faces(faces.folder, "", faces.names[7:8])  # nor on what else is in the folder
     ru.degrade_folder(one, tmp_path / "one", TINY)
     assert hashes(tmp_path / "one").items() <= hashes(tmp_path / "1").items()
@@ -234,11 +234,11 @@ def test_a_file_that_cannot_be_read_is_tried_again_and_degraded_once_it_can(face
     assert report[:2] == (0, 10) and set(report.left_out) == {"bad.jpg"}
     attached = places._replace(degraded=places.outputs / "other", attached=places.outputs)
     pairs = ru.prepare_pairs(more, attached, TINY)
-    assert len(pairs) == 30 and all(pair.degraded.is_relative_to(places.degraded) for pair in pairs)
+    assert len(pairs) == 40 and all(pair.degraded.is_relative_to(places.degraded) for pair in pairs)
     bad.write_bytes(faces.files[0].read_bytes())
     assert ru.degrade_folder(more, places.degraded, TINY)[:3] == (1, 10, {})
     bad.write_text("broken again")
-    assert ru.degrade_folder(more, places.degraded, TINY).left_out and len(ru.prepare_pairs(more, places, TINY)) == 30
+    assert ru.degrade_folder(more, places.degraded, TINY).left_out and len(ru.prepare_pairs(more, places, TINY)) == 40
 
 
 def test_copies_of_other_originals_are_never_taken_for_ones_own(faces, tmp_path):

@@ -215,7 +215,7 @@ def test_the_realism_table_has_every_kind_and_method(run, pairs, monkeypatch):
     trained = []
     train = measure.train_classifier
     monkeypatch.setattr(measure, "train_classifier", lambda *a: trained.append(a[2]) or train(*a))
-    table = measure.realism({"nothing": torch.nn.Identity()}, pairs[:9], run)
+    table = measure.realism({"nothing": torch.nn.Identity()}, pairs[:12], run)
     assert list(table) == list(ru.KINDS) and set(trained) == {20}  # the profile `smoke`
     for cells in table.values():
         for key, value in cells["degraded"].items():
@@ -224,16 +224,16 @@ def test_the_realism_table_has_every_kind_and_method(run, pairs, monkeypatch):
             assert np.isfinite([cell["sharpness"], cell["spectrum_db"]]).all()
             assert len(cell["auc_by_face"]) == 3 and cell["auc"] == pytest.approx(np.mean(cell["auc_by_face"]))
     trained.clear()
-    measure.realism({}, pairs[:6], run, steps=3)
+    measure.realism({}, pairs[:8], run, steps=3)
     assert set(trained) == {3}
 
 
 def test_the_realism_of_one_face_has_no_area(run, pairs, capsys):
-    table = measure.realism({}, pairs[:3], run)
+    table = measure.realism({}, pairs[:4], run)
     assert all(cells["degraded"]["auc"] is None and cells["degraded"]["auc_by_face"] == [] for cells in table.values())
     measure.print_realism(table)
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert len(lines) == 3 and all(line.endswith(" dB     -") for line in lines)
+    assert len(lines) == 4 and all(line.endswith(" dB     -") for line in lines)
 
 
 @pytest.mark.parametrize("count", [10, 20])
@@ -255,7 +255,7 @@ def test_the_interval_is_the_textbooks():
 
 
 def test_measuring_has_every_method_and_summarises_paired_gains(run, pairs):
-    rows = measure.measure({"nothing": torch.nn.Identity()}, pairs[:9], 3, run)
+    rows = measure.measure({"nothing": torch.nn.Identity()}, pairs[:12], 3, run)
     assert {row["method"] for row in rows if row["kind"] == "color"} == {
         "degraded", "nothing", "inverse of the mean fading", "CLAHE"
     }  # fmt: skip

@@ -61,44 +61,75 @@ def test_every_skip_matters():
             handle.remove()
 
 
-def test_the_color_head_can_undo_the_color_damage_exactly_and_starts_as_the_identity():
-    original, v, s = torch.rand(1, 3, 256, 256) * 2 - 1, 0.8, 0.5
+def curves_for(black=(0, 0, 0), contrast=(1, 1, 1), gamma=(1, 1, 1), value=1, saturation=1):
+    """What `recolor` takes, from what a reader would say."""
+    numbers = [*black, *map(math.log, (*contrast, *gamma, value, saturation))]
+    return torch.tensor([numbers], dtype=torch.float32)
+
+
+def test_recolor_can_undo_both_sorts_of_fading_exactly_and_hsv_is_meant():
+    original, v, s = torch.rand(1, 3, 64, 64) * 2 - 1, 0.8, 0.5
     unit = (original + 1) / 2
+    assert torch.allclose(ru.recolor(original, curves_for()), original, atol=1e-3)
     top = unit.amax(1, keepdim=True)
     faded = v * (top - s * (top - unit)) * 2 - 1
-    head = ru.ColorHead(4)
-    assert torch.allclose(head(faded), faded, atol=1e-6)
-    with torch.no_grad():
-        head.gains[-1].bias[:2] = torch.atanh(-torch.tensor([v, s]).log() / 2) / 2.5
-    assert torch.allclose(head(faded), original, atol=1e-5)
-    with torch.no_grad():
-        head.gains[-1].bias[2] = -5.0  # surely not faded
-    assert torch.allclose(head(faded), faded, atol=1e-6)
+    assert torch.allclose(ru.recolor(faded, curves_for(value=1 / v, saturation=1 / s)), original, atol=1e-3)
     hsv = [colorsys.rgb_to_hsv(*image[:, 0, 0].tolist()) for image in (unit[0], (faded[0] + 1) / 2)]
     assert [b / a for a, b in zip(*hsv)] == pytest.approx([1, 0.5, 0.8], abs=1e-5)  # that was the damage
+    black, white, gamma = (
+        torch.tensor(x).view(1, 3, 1, 1) for x in ((0.1, 0.2, 0.0), (0.9, 0.7, 1.0), (1.2, 0.8, 1.0))
+    )
+    print_ = black + (white - black) * unit**gamma
+    undo = curves_for(*((x.flatten().tolist()) for x in (black, 1 / (white - black), 1 / gamma)))
+    assert torch.allclose(ru.recolor(2 * print_ - 1, undo), original, atol=2e-3)
 
 
-def test_the_color_head_decides_by_quantiles_of_value_and_saturation_only():
-    torch.manual_seed(0)
-    head, image = ru.ColorHead(), torch.rand(1, 3, 256, 256) * 2 - 1
+def test_the_color_head_stretches_and_acts_only_when_it_is_sure():
+    head, whole = ru.ColorHead(4).eval(), torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        head.gains[-1].weight.normal_()
-    assert not torch.allclose(head(image), image, atol=1e-2)
-    flipped = head(image.flip(-1, -2)).flip(-1, -2)
-    assert torch.allclose(head(image), flipped, atol=1e-5)  # where things are does not matter
-    swapped = head(image[:, [2, 0, 1]])[:, [1, 2, 0]]
-    assert torch.allclose(head(image), swapped, atol=1e-5)  # nor which hue they have
+        for logit in (-9.0, -0.25):
+            head.layers[-1].bias[-1] = logit
+            assert head(whole)[0].abs().max() < 1e-6
+        head.layers[-1].bias[:-1] = torch.tensor([9.0] * 6 + [0.3, 0.0, 0.0, 0.2, -0.2])
+        head.layers[-1].bias[-1] = 5.0
+        curves, faded = head(whole)
+        stretched = (ru.recolor(whole, curves_for(black=(0, 0, 0))) + 1) / 2
+        low, high = stretched.flatten(2).quantile(0.01, 2), stretched.flatten(2).quantile(0.99, 2)
+        assert faded.tolist() == [20, 20] and torch.allclose(curves[:, :3], low, atol=2e-3)
+        assert torch.allclose(curves[:, 3:6], -(high - low).log(), atol=5e-3)
+        gains = [0.9 * math.tanh(0.6), 0, 0, 1.5 * math.tanh(0.4), -1.5 * math.tanh(0.4)]
+        assert torch.allclose(curves[:, 6:], torch.tensor(gains).expand(2, -1), atol=1e-5)
+        head.layers[-1].bias[-1] = 0.0
+        assert torch.allclose(head.train()(whole)[0][:, :3], low / 2, atol=2e-3)  # learning: as far as it is sure
+
+
+def test_the_color_head_decides_by_quantiles_only():
+    torch.manual_seed(0)
+    head, whole = ru.ColorHead(), torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        head.layers[-1].weight.normal_()
+        head.layers[-1].bias[-1] = 9.0
+    assert head(whole)[0].abs().max() > 1e-2
+    shuffled = whole.flatten(2)[..., torch.randperm(4096)].view_as(whole)  # where things are does not matter
+    assert torch.allclose(head(whole)[0], head(shuffled)[0], atol=1e-5)
+
+
+def test_doubt_leaves_things_alone():
+    probabilities = torch.tensor([0.0, 0.4, 0.5, 0.65, 0.8, 1.0])
+    assert ru.doubtless(probabilities, 0.5, 0.8).tolist() == pytest.approx([0, 0, 0, 0.5, 1, 1])
 
 
 def test_the_grain_head_starts_at_zero_leaves_flat_pictures_alone_and_scales_with_the_noise():
     head, flat = ru.GrainHead(4), torch.rand(1, 3, 1, 1).expand(1, 3, 256, 256)
     image = torch.rand(1, 3, 256, 256) - 0.5
-    assert head(image).abs().max() == 0
+    assert head(image)[0].abs().max() == 0 and head(image)[1].abs().max() == 0
     with torch.no_grad():
         head.noise.weight.normal_()
-    assert torch.allclose(head(flat), torch.zeros_like(flat), atol=1e-4) and head(image).abs().max() > 0.1
-    assert torch.allclose(head(image), head(image + 0.3), atol=1e-3)
-    assert torch.allclose(head(image) / 2, head(image / 2), atol=1e-3)  # half the noise: half of it is taken away
+        head.specks.weight.normal_()
+    assert torch.allclose(head(flat)[0], torch.zeros_like(flat), atol=1e-4) and head(image)[0].abs().max() > 0.1
+    assert torch.allclose(head(image)[0], head(image + 0.3)[0], atol=1e-3)
+    assert torch.allclose(head(image)[0] / 2, head(image / 2)[0], atol=1e-3)  # half the noise: half is taken away
+    assert torch.allclose(head(image)[1], head(image / 2)[1], atol=1e-2)  # and specks are as much specks
 
 
 def test_the_noise_level_is_that_of_the_flattest_parts():
@@ -117,33 +148,35 @@ def test_the_noise_level_is_that_of_the_flattest_parts():
     assert torch.isfinite(black.grad).all()
 
 
-def output_layer_with(grain=0.0, hole=-20.0, brightness=0.0):
+def output_layer_with(grain=0.0, hole=-20.0):
     """An output layer whose heads say what they are told to, and whose U-Net says nothing."""
     layer = ru.OutputLayer(4, 4)
     with torch.no_grad():
         layer.propose.weight.zero_()
-        layer.recolor.gains[-1].bias[0] = brightness
-    layer.grain.forward = lambda degraded: torch.full_like(degraded, grain)
+    layer.grain.forward = lambda degraded: (torch.full_like(degraded, grain), torch.zeros_like(degraded[:, :1]))
     layer.detect.forward = lambda degraded: hole * torch.ones_like(degraded[:, :1])
     return layer
 
 
-def test_the_output_layer_denoises_then_recolours_then_fills_holes_from_around():
-    features, degraded = torch.zeros(1, 4, 128, 128), torch.rand(1, 3, 256, 256) - 0.5
-    same = output_layer_with()(features, degraded)
-    assert torch.allclose(same.restored, degraded, atol=1e-5)
-    darker = output_layer_with(grain=0.2)(features, degraded)
-    assert torch.allclose(darker.restored, degraded - 0.2, atol=1e-5)
-    both = output_layer_with(grain=0.2, brightness=-0.1)(features, degraded)
-    factor = math.exp(2 * math.tanh(2.5 * -0.1))
-    assert torch.allclose(both.restored, factor * (degraded - 0.2 + 1) - 1, atol=1e-5)
+def test_the_output_layer_denoises_then_fills_holes_from_around():
+    features, seen = torch.zeros(1, 4, 128, 128), torch.rand(1, 3, 256, 256) - 0.5
+    same = output_layer_with()(features, seen)
+    assert torch.allclose(same.restored, seen, atol=1e-5)
+    darker = output_layer_with(grain=0.2)(features, seen)
+    assert torch.allclose(darker.restored, seen - 0.2, atol=1e-5)
     hole = torch.full((1, 1, 256, 256), -20.0)
     hole[:, :, 100:140, 90:150] = 20.0
     grey = torch.where(hole > 0, 1.0, 0.3).expand(1, 3, 256, 256)
     filled = output_layer_with(hole=hole)(features, grey)
     assert torch.allclose(filled.restored, torch.full_like(grey, 0.3), atol=1e-4)
-    unsure = output_layer_with(hole=hole.clamp(-20, 0.1))(features, grey)  # even then, a hole is not filled with itself
-    assert torch.allclose(unsure.repainted, torch.full_like(grey, 0.3), atol=1e-4)
+    unsure = output_layer_with(hole=hole.clamp(-20, 0.1))  # even then, a hole is not filled with itself
+    assert torch.allclose(unsure(features, grey).repainted, torch.full_like(grey, 0.3), atol=1e-4)
+    kept = output_layer_with(hole=hole.clamp(-20, -0.5)).eval()(features, grey)  # but in doubt nothing is repainted
+    assert torch.allclose(kept.restored, grey, atol=0.01)
+    given = output_layer_with()(features, grey, (hole > 0).float())  # and what is given by hand is trusted
+    assert torch.allclose(given.restored, torch.full_like(grey, 0.3), atol=1e-4)
+    none = output_layer_with(hole=hole)(features, grey, torch.zeros_like(hole))
+    assert torch.allclose(none.restored, grey, atol=0.01)
 
 
 def test_what_is_painted_into_holes_does_not_teach_the_detector():
@@ -167,7 +200,8 @@ def test_plain_is_a_setting_of_every_profile(monkeypatch):
         monkeypatch.setenv("RESTORATION_PROFILE", name)
         monkeypatch.setenv("RESTORATION_PLAIN", "1")
         plain = dataclasses.asdict(ru.choose_settings(torch.device("cpu")))
-        changed = {"plain": True} | dict.fromkeys(("heads_weight", "ema", "shift"), 0)
+        changed = {"plain": True} | dict.fromkeys(("heads_weight", "ema", "shift", "scenes", "windows"), 0)
+        changed |= {"kinds": ru.KINDS[:3], "undamaged": False}
         assert plain == dataclasses.asdict(profile) | changed
     assert not any(profile.plain for profile in ru.PROFILES.values())
 

@@ -106,7 +106,7 @@ def test_a_made_up_kaggle_runs_with_nothing_but_the_profile_set(tmp_path):
     execute(NOTEBOOKS, working, RESTORATION_PROFILE="smoke")
     assert_promises(working / "outputs", working / "fakefaces_degraded", working)
     assert "fakefaces" in json.loads((working / "outputs" / "metrics.json").read_text())["made_by"]["faces"]
-    assert not list((working / "outputs").glob("synthetic*"))
+    assert not list((working / "outputs").glob("synthetic_portraits*"))
 
 
 def test_06_without_05_names_the_notebook_that_is_missing(tmp_path):

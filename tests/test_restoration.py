@@ -12,18 +12,19 @@ import restoration_utils as ru
 
 
 class Darker(torch.nn.Module):
-    """Stands for a generator: subtracts a fixed smooth pattern, which a real one would predict."""
+    """Stands for a generator: makes pictures a little darker, and sees no damage."""
+
+    plain = False
 
     def __init__(self, amount=0.1):
         super().__init__()
         self.amount = torch.nn.Parameter(torch.tensor(amount))
 
-    def forward(self, images):
-        pattern = torch.linspace(0, 1, images.shape[-1]).view(1, 1, 1, -1)
-        return (images - self.amount * pattern).clamp(-1, 1)
+    def color(self, whole):
+        return torch.zeros(len(whole), 11), torch.zeros(len(whole))
 
-    def restore(self, images):
-        return ru.Restoration(self.forward(images))
+    def mend(self, images, damage=None):
+        return ru.Restoration((images - self.amount).clamp(-1, 1), images, hole=torch.full_like(images[:, :1], -20.0))
 
 
 def photo(height=80, width=120):
@@ -110,86 +111,14 @@ def test_exif_rotation_is_applied_before_restoring(tmp_path, orientation):
     assert result.shape[:2] == ((80, 120) if orientation < 5 else (120, 80))
 
 
-def test_the_correction_is_added_to_the_sharp_photo(tmp_path):
-    sharp = np.random.default_rng(0).integers(60, 200, (512, 512, 3), dtype=np.uint8)
-    ru.write_image(tmp_path / "a.png", sharp)
-    result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Darker(0.2)).astype(float)
-    expected = sharp - 0.2 * 127.5 * np.linspace(0, 1, 512)[None, :, None]
-    assert np.abs(result - expected).max() < 2
-
-
-class Filler(Darker):
-    """Sees a hole in the upper left quarter, is half sure of one in the lower right, and paints grey over the first."""
-
-    def restore(self, images):
-        hole = torch.full_like(images[:, :1], -20.0)
-        hole[..., :128, :128], hole[..., 128:, 128:] = 20.0, 0.0
-        return ru.Restoration(torch.where(hole > 10, 0.0, images), hole=hole)
-
-
-def test_in_holes_only_the_networks_own_picture_counts(tmp_path):
-    sharp = np.random.default_rng(0).integers(60, 200, (512, 512, 3), dtype=np.uint8)
-    ru.write_image(tmp_path / "a.png", sharp)
-    result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Filler())
-    assert np.abs(result[:250, :250].astype(int) - 128).max() <= 1  # no speckle of the hole is left
-    assert np.abs(result[:, 262:].astype(int) - sharp[:, 262:]).max() <= 1
-
-
 @pytest.mark.parametrize("levels", [0.4, 0.6])
 def test_values_are_rounded_to_8_bits_and_not_cut_off(tmp_path, levels):
     grey = torch.full((1, 3, 8, 8), (100 + levels) / 127.5 - 1)
     assert ru.to_pixels(grey).unique().tolist() == [round(100 + levels)]
     ru.write_image(tmp_path / "a.png", np.full((256, 256, 3), 100, np.uint8))
 
-    class Brighter(Darker):
-        def forward(self, images):
-            return images + levels / 127.5 + 0 * self.amount
-
-    result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Brighter())
+    result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Darker(-levels / 127.5))
     assert np.unique(result).tolist() == [round(100 + levels)]
-
-
-class SoftEdged(Darker):
-    """Finds the white square of `test_no_ghost...` and is half sure of its outermost pixel; paints grey over it."""
-
-    def restore(self, images):
-        hole = torch.full_like(images[:, :1], -20.0)
-        hole[..., 49:101, 49:101], hole[..., 50:100, 50:100] = 0.0, 20.0
-        covered = hole.sigmoid()
-        return ru.Restoration((1 - covered) * images, hole=hole)
-
-
-def test_no_ghost_of_a_holes_outline_is_left_around_it(tmp_path):
-    picture = np.full((512, 512, 3), 128, np.uint8)
-    picture[99:201, 99:201] = 255  # half a pixel wider than 50 to 100 in the network's picture
-    ru.write_image(tmp_path / "a.png", picture)
-    result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", SoftEdged()).astype(int)
-    ring = np.abs(result - 128).max(axis=2)[90:210, 90:210]
-    assert ring.max() < 40  # what a half-covered pixel of the network's own picture may keep, and no outline beside it
-
-
-def test_the_networks_own_picture_on_request_keeps_the_aspect(tmp_path):
-    ru.write_image(tmp_path / "a.png", photo(200, 400))
-    assert ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Darker(), network_size=True).shape == (
-        128,
-        256,
-        3,
-    )
-
-
-def test_a_clean_photo_loses_no_more_than_in_the_network_itself(tmp_path):
-    torch.manual_seed(0)
-    generator = ru.build_generator(TINY).eval()
-    with torch.no_grad():
-        generator.output.propose.weight[:3] *= 10  # or the untrained network would hardly change the photo
-    picture = cv2.GaussianBlur(ru.draw_portrait(np.random.default_rng(3), 512), (0, 0), 0.5)
-    ru.write_image(tmp_path / "a.png", picture)
-    result = ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", generator)
-    small = ru.image_transform()(ru.open_image(tmp_path / "a.png"))[None]
-    with torch.no_grad():
-        own = ru.image_metrics(generator(small), small)["psnr"].item()
-    assert peak_signal_noise_ratio(picture, result) >= own - 0.01
-    assert own < 40
 
 
 def test_the_original_is_never_overwritten_and_errors_name_the_file(tmp_path):

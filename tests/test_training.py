@@ -54,9 +54,9 @@ def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_heads(run, batch
     run = with_settings(run, heads_weight=weight)
     generator = ru.build_generator(run.settings)
     reference = copy.deepcopy(generator)
-    restoration = reference.restore(batch[0])
+    restoration = reference.restore(batch[0], batch[2]["whole"])
     error = restoration.restored - batch[1]
-    heads = ru.heads_loss(restoration, batch[1], batch[2]["hole"])
+    heads = ru.heads_loss(restoration, batch[1], batch[2])
     expected = gradient_step(reference, error.abs().mean() + 0.1 * error.pow(2).mean() + weight * heads)
     optimizer = torch.optim.SGD(generator.parameters(), 1.0)
     for parameter in generator.parameters():
@@ -66,14 +66,19 @@ def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_heads(run, batch
 
 
 def test_heads_loss_supervises_colour_outside_holes_detection_and_fill_inside(batch):
-    restoration = ru.build_generator(TINY).restore(batch[0])
+    restoration = ru.build_generator(TINY).restore(batch[0], batch[2]["whole"])
     original, p, hole = batch[1], restoration.hole.sigmoid(), torch.zeros(2, 1, 256, 256)
     hole[:, :, 49:91, 59:101] = 1  # one pixel more than in the batch, whose corners are at 50 and 60
-    batch[2]["hole"][:, :, 50, 60:100] = 0.1  # touched is touched
+    batch[2]["hole"][:, :, 50, 60:100] = 0.2  # a fifth is touched,
+    batch[2]["hole"][:, :, 20, 60:100] = 0.1  # a tenth is not
     entropy = -(hole * p.log() + (1 - hole) * (1 - p).log()).mean()
     repaint = 10 * (hole * (restoration.repainted - original).abs()).sum() / original.numel()
-    recolor = ((1 - hole) * (restoration.recolored - original).abs()).sum() / original.numel()
-    assert torch.isclose(ru.heads_loss(restoration, original, batch[2]["hole"]), entropy + repaint + recolor, atol=1e-5)
+    small = [torch.nn.functional.avg_pool2d(image, 4) for image in (restoration.recolored, original, hole)]
+    recolor = ((small[2] == 0) * (small[0] - small[1]).abs()).sum() / small[0].numel()
+    q, truth = restoration.faded.sigmoid(), batch[2]["faded"]
+    faded = -0.1 * (truth * q.log() + (1 - truth) * (1 - q).log()).mean()
+    expected = entropy + repaint + recolor + faded
+    assert torch.isclose(ru.heads_loss(restoration, original, batch[2]), expected, atol=1e-5)
 
 
 def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch):
@@ -117,8 +122,7 @@ def test_shifted_rolls_all_by_the_same_random_amount_below_the_limit(batch):
         seen |= set(amounts)
     assert len(seen) == 9
     assert all(torch.equal(*both) for both in zip(ru.shifted(batch[:2], 0, rng), batch[:2]))
-    last = [image.to(memory_format=torch.channels_last) for image in batch[:2]]
-    for image in ru.shifted(last, 3, rng):  # rolling alone may lose it
+    for image in ru.shifted(batch[:2], 3, rng):  # rolling alone may lose it
         assert image.is_contiguous(memory_format=torch.channels_last)
 
 

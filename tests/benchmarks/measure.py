@@ -65,6 +65,12 @@ def equalize(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)
 
 
+def stretch(image: np.ndarray) -> np.ndarray:
+    """Stretches every channel so that its darkest and lightest hundredth become black and white."""
+    low, high = np.percentile(image, (1, 99), axis=(0, 1))
+    return np.rint(((image - low) / np.maximum(high - low, 1)).clip(0, 1) * 255).astype(np.uint8)
+
+
 def inpaint(image: np.ndarray, hole: np.ndarray, method: int) -> np.ndarray:
     """Fills the true hole, float (H, W), from around it: Telea 2004 or Navier-Stokes (Bertalmio et al. 2001)."""
     return cv2.inpaint(image, (hole > 0).astype(np.uint8), 3, method)
@@ -77,6 +83,8 @@ def classical_methods(kind: str, strength: float, settings: ru.Settings) -> dict
     if kind == "color":
         fixed = {"inverse of the mean fading": lambda image, hole: undo_mean_fading(image, settings)}
         return fixed | {"CLAHE": lambda image, hole: equalize(image)}
+    if kind == "aged":
+        return {"denoised, channels stretched": lambda image, hole: stretch(non_local_means(image, 6))}
     if kind == "occluded":
         telea = {"Telea, true mask": lambda image, hole: inpaint(image, hole, cv2.INPAINT_TELEA)}
         return telea | {"Navier-Stokes, true mask": lambda image, hole: inpaint(image, hole, cv2.INPAINT_NS)}
@@ -118,7 +126,7 @@ def tune_non_local_means(pairs: Sequence[ru.Pair], settings: ru.Settings, images
 
 
 def region_psnr(images: Tensor, originals: Tensor, hole: Tensor) -> dict[str, Tensor]:
-    """PSNR in dB inside the holes, outside them, and within 2 px of their edge; (N,) each. `hole` is (N, 1, H, W).
+    """PSNR in dB inside the damage, outside it, and within 2 px of its edge; (N,) each. `hole` is (N, 1, H, W).
 
     NaN for an image without a pixel in that region: very narrow pictures have holes of fewer than 4 px.
     """
@@ -142,14 +150,14 @@ def restore_all(generators: Mapping[str, nn.Module], degraded: Tensor, run: ru.R
 
 
 def measure(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], strength: float, run: ru.Run) -> list[dict]:
-    """One row per image and method: kind, name, method, psnr, ssim, l1; for occluded images also by region.
+    """One row per image and method: kind, name, method, psnr, ssim, l1; for physical damage also by region.
 
     Methods are `degraded` (doing nothing), those of `generators` by name, and the classical ones. The kind `clean` has
     an original on both sides.
     """
-    clean = [pair._replace(kind="clean") for pair in pairs if pair.kind == ru.KINDS[0]]
+    clean = [pair.undamaged() for pair in pairs if pair.kind == ru.KINDS[0]]
     rows = []
-    for kind in (*ru.KINDS, "clean"):
+    for kind in (*run.settings.kinds, "clean"):
         chosen = [pair for pair in (*pairs, *clean) if pair.kind == kind]
         classical = classical_methods(kind, strength, run.settings)
         for degraded, original, info in ru.make_loader(chosen, run.settings.pretrain_batch, run.device):
@@ -158,7 +166,7 @@ def measure(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], stren
                 results[name] = to_images([method(*x) for x in zip(to_arrays(degraded), info["hole"][:, 0].numpy())])
             for method, images in results.items():
                 values = ru.image_metrics(images, original)
-                if kind == "occluded":
+                if kind in ru.MASKS:
                     values |= region_psnr(images, original, info["hole"])
                 for i, name in enumerate(info["name"]):
                     rows.append(
@@ -227,13 +235,14 @@ def print_summary(summary: Mapping[str, Mapping[str, Mapping]]) -> None:
 
 
 def print_regions(summary: Mapping[str, Mapping[str, Mapping]]) -> None:
-    """PSNR of the occluded images by region, and how many have no pixel there."""
-    print(f"{'occluded':26s}" + "".join(f"{region:>10s}" for region in REGIONS))
-    for method, cell in summary["occluded"].items():
-        print(f"{method:26s}" + "".join(f"{or_dash(cell[f'psnr_{region}']):>7s} dB" for region in REGIONS))
-    for region in REGIONS:
-        if left_out := summary["occluded"]["degraded"].get(f"psnr_{region}_left_out"):
-            print(f"left out of '{region}', without a pixel there: {left_out} image(s)")
+    """PSNR of the images with physical damage by region, and how many have no pixel there."""
+    for kind in (kind for kind in summary if kind in ru.MASKS):
+        print(f"{kind:28s}" + "".join(f"{region:>10s}" for region in REGIONS))
+        for method, cell in summary[kind].items():
+            print(f"{method:28s}" + "".join(f"{or_dash(cell[f'psnr_{region}']):>7s} dB" for region in REGIONS))
+        for region in REGIONS:
+            if left_out := summary[kind]["degraded"].get(f"psnr_{region}_left_out"):
+                print(f"left out of '{region}', without a pixel there: {left_out} image(s)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,7 +434,7 @@ def realism(
     """
     steps = steps or (20 if run.settings.profile == "smoke" else 300)
     result: dict[str, dict[str, dict]] = {}
-    for kind in ru.KINDS:
+    for kind in run.settings.kinds:
         draws = 4 if kind == "occluded" else 1
         crops = collect(generators, [pair for pair in pairs if pair.kind == kind][:FACES], run, draws)
         original = crops.pop("original")

@@ -65,8 +65,9 @@ def table(title: str, rates: Mapping[str, float], unit: str, ours: str, bound: s
 
 def draw_faces(folder: Path, count: int, size: int) -> ru.Faces:
     """Synthetic portraits as originals."""
-    ru.draw_portraits(folder, count, size, SETTINGS.seed)
-    return ru.Faces(folder, "synthetic portraits", *ru.list_images(folder))
+    settings = dataclasses.replace(SETTINGS, portrait_size=size)
+    paths = ru.draw_pictures("portrait", count, settings, ru.Places("benchmark", folder, folder))
+    return ru.Faces(paths[0].parent, "synthetic portraits", [path.name for path in paths])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,9 +259,9 @@ def our_steps(device: torch.device, mixed: bool) -> tuple[Callable, Callable]:
 
     def gan(batch: tuple) -> None:
         """Step 5."""
-        degraded, original, _ = ru.to_device(batch, device)
+        degraded, original, info = ru.to_device(batch, device)
         with precision[0].forward(generator):
-            restored = generator(degraded)
+            restored = generator(degraded, info["whole"])
         images = ru.shifted((degraded, restored, original), SETTINGS.shift, np.random.default_rng(0))
         ru.discriminator_step(discriminator, adam_d, images, precision[1])
         ru.generator_step(discriminator, training, images, SETTINGS.l1_weight, precision[0])
@@ -276,7 +277,7 @@ def make_batch(size: int) -> tuple:
     degraded = (original + 0.1 * torch.randn(original.shape, generator=generator)).clamp(-1, 1)
     hole = torch.zeros(size, 1, 256, 256)
     hole[:, :, 50:90, 60:100] = 1
-    return degraded, original, {"hole": hole}
+    return degraded, original, {"hole": hole, "whole": F.avg_pool2d(degraded, 4), "faded": torch.ones(size)}
 
 
 def peaks(device: torch.device) -> dict[str, float]:

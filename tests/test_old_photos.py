@@ -1,0 +1,344 @@
+"""Ageing, its masks, and restoring at a photograph's own size: seams, halos, grey, holes, masks, memory."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from torch import nn
+
+import restoration_utils as ru
+
+SCENE = ru.draw_scene(np.random.default_rng(3), 256)
+
+
+def rng(seed):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", [(200, 300, 3), (256, 256, 3), (40, 33, 3)])
+def test_ageing_is_seeded_and_leaves_its_input_alone(seed, shape):
+    image = cv2.resize(SCENE, shape[1::-1])
+    before = image.copy()
+    aged = ru.age_photo(image, rng(seed))
+    assert aged.shape == shape and aged.dtype == np.uint8 and np.array_equal(image, before)
+    assert np.array_equal(aged, ru.age_photo(image, rng(seed))) and not np.array_equal(
+        aged, ru.age_photo(image, rng(99))
+    )
+
+
+def test_the_damage_mask_is_exactly_what_the_hands_did():
+    """With all else switched off, the aged picture differs inside the mask, and (but for faint rims) nowhere else."""
+    grey, covered, elsewhere = np.full((300, 300, 3), 128, np.uint8), 0, 0
+    for seed in range(12):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ru, "fade", lambda image, generator, tone: image)
+            patch.setattr(ru, "uneven_light", lambda shape, generator: np.ones(shape[:2], np.float32))
+            patch.setattr(ru, "film_grain", lambda shape, generator: np.zeros(shape[:2], np.float32))
+            patch.setattr(ru.cv2, "GaussianBlur", lambda image, *_: image)
+            patch.setattr(ru.cv2, "imencode", lambda suffix, image, options: (True, image))
+            patch.setattr(ru.cv2, "imdecode", lambda image, how: image)
+            aged = ru.age_photo(grey, rng(seed))
+        changed = np.abs(aged.astype(int) - 128).max(2)
+        mask = ru.damage_mask(grey.shape, rng(seed)) > 0
+        covered += (changed[mask] > 8).sum() / max(1, mask.sum()) / 12
+        elsewhere = max(elsewhere, changed[~mask].max())
+    assert covered > 0.85 and elsewhere < 40  # 50 of 255 is where the mask begins
+
+
+def test_some_prints_have_few_faults_and_some_have_all():
+    shares = [(ru.damage_mask((400, 400), rng(seed)) > 0).mean() for seed in range(60)]
+    assert min(shares) == 0 and max(shares) > 0.03 and 0.005 < np.mean(shares) < 0.06
+    parts = np.array([[cover.any() for cover in ru.draw_damage((400, 400), rng(seed)).covers] for seed in range(60)])
+    assert parts.all(1).any() and (parts.sum(1) == 1).any()
+
+
+def test_sizes_scale_with_the_picture():
+    for seed in range(4):
+        large, small = (ru.damage_mask((size, size), rng(seed)) > 0 for size in (1000, 500))
+        shrunk = cv2.resize(large.astype(np.uint8) * 255, (500, 500), interpolation=cv2.INTER_AREA) > 127
+        overlap = (shrunk & cv2.dilate(small.astype(np.uint8), np.ones((5, 5))).astype(bool)).sum()
+        assert overlap >= 0.9 * shrunk.sum()
+
+
+def test_a_black_and_white_print_is_in_one_tone_and_about_half_are():
+    colourful = cv2.resize(ru.draw_portrait(rng(5), 256), (256, 256))
+    one_tone = [ru.is_black_and_white(rng(seed)) for seed in range(200)]
+    assert 0.3 < np.mean(one_tone) < 0.6
+    found = [is_grey(np.asarray(ru.without_tint(ru.to_pil(ru.age_photo(colourful, rng(seed)))))) for seed in range(30)]
+    assert np.mean(np.equal(found, one_tone[:30])) > 0.9 and not is_grey(
+        np.asarray(ru.without_tint(ru.to_pil(colourful)))
+    )
+
+
+def is_grey(pixels):
+    return (pixels == pixels[..., :1]).all()
+
+
+def test_fading_lifts_blacks_dulls_whites_and_keeps_the_order_of_tones():
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
+    for seed in range(20):
+        faded = ru.fade(ramp, rng(seed), -1.0).astype(int)[0]
+        assert (np.diff(faded, axis=0) >= -1).all()
+        assert faded[0].max() <= 110 and faded[255].min() >= 60 and np.ptp(faded, axis=0).max() < 256
+        sepia = ru.fade(ramp, rng(seed), 1.0).astype(int)[0]
+        assert (sepia[128:, 2] > sepia[128:, 0]).all()  # more red than blue
+
+
+def test_grain_has_the_strength_and_the_size_that_its_docstring_gives():
+    levels, sizes = [], []
+    for seed in range(40):
+        grain = ru.film_grain((256, 256), rng(seed))
+        levels.append(grain.std())
+        sizes.append((grain[:, 1:] * grain[:, :-1]).mean() / grain.var())
+    assert 0.5 < min(levels) < 3 and 8 < max(levels) < 20 and abs(np.mean(levels) - 5) < 3
+    assert min(sizes) < 0.5 and 0.5 < max(sizes) < 0.95  # neighbours are alike, more so in coarse grain
+
+
+def test_stains_and_uneven_light_are_slow_and_about_one():
+    for seed in range(20):
+        field = ru.uneven_light((200, 300), rng(seed))
+        assert field.shape == (200, 300) and field.min() > 0.4 and field.max() < 1.6
+        assert np.abs(np.diff(field, axis=0)).mean() < 0.01
+
+
+def test_scenes_are_seeded_varied_and_without_damage():
+    again, other = ru.draw_scene(rng(3), 256), ru.draw_scene(rng(4), 256)
+    assert np.array_equal(SCENE, again) and np.abs(SCENE.astype(int) - other).mean() > 5
+    assert SCENE.shape == (256, 256, 3) and SCENE.dtype == np.uint8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training pairs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_windows_show_the_same_part_of_everything_and_the_whole_comes_along(faces, places):
+    settings = dataclasses.replace(TINY, windows=2, scenes=1, undamaged=True)
+    faces = faces._replace(scenes=ru.draw_pictures("scene", 1, settings, places))
+    pairs = ru.prepare_pairs(faces, places, settings)
+    dataset = ru.FaceRestorationGANDataset([*pairs, pairs[0].undamaged()])
+    occluded = next(i for i, pair in enumerate(pairs) if pair.kind == "occluded")
+    boxes = ru.draw_views((64, 64), settings, rng(ru.derive_seed(settings.seed, "views", pairs[occluded].name)))
+    assert boxes[0] == (0, 0, 64, 64) and len(boxes) == 3
+    for view, box in enumerate(boxes):
+        degraded, original, info = dataset[occluded, False, view]
+        for tensor, path in ((degraded, pairs[occluded].degraded), (original, pairs[occluded].original)):
+            pixels = np.asarray(ru.open_image(path).resize((256, 256), Image.Resampling.BILINEAR, box))
+            assert np.abs((tensor.permute(1, 2, 0).numpy() + 1) * 127.5 - pixels).max() < 0.01
+        outside = (degraded - original).abs().amax(0)[info["hole"][0] == 0]
+        assert outside.mean() < 0.05  # the mask is cut like the picture
+        whole = torch.nn.functional.avg_pool2d(dataset[occluded][0], 4)
+        assert torch.allclose(info["whole"], whole) and info["faded"] == 0
+    clean = dataset[len(pairs)]
+    assert torch.equal(clean[0], clean[1]) and clean[2]["kind"] == "clean" and clean[2]["hole"].max() == 0
+
+
+def test_own_pixels_are_seen_in_half_of_the_windows_and_windows_in_half_of_the_pairs():
+    settings = dataclasses.replace(TINY, windows=3)
+    order = ru.training_order(4000, settings, "gan", 1)
+    assert np.mean([view == 0 for _, _, view in order]) == pytest.approx(0.5, abs=0.04)
+    assert {view for _, _, view in order} == {0, 1, 2, 3}
+    sides = [box[2] - box[0] for seed in range(300) for box in ru.draw_views((1024, 2000), settings, rng(seed))[1:]]
+    assert (
+        np.mean(np.isclose(sides, 256)) == pytest.approx(0.5, abs=0.06) and min(sides) >= 255.9 and max(sides) <= 1024
+    )
+    assert not any(view for _, _, view in ru.training_order(99, dataclasses.replace(TINY, windows=0), "gan", 1))
+
+
+def test_a_black_and_white_print_is_paired_with_the_grey_photograph(pairs):
+    greys = [pair for pair in pairs if pair.is_grey]
+    assert greys and all(pair.kind == "aged" for pair in greys)
+    for degraded, original, _ in ru.FaceRestorationGANDataset(greys):
+        assert torch.allclose(original[0], original[1]) and torch.equal(degraded[0], degraded[2])
+
+
+def test_scenes_and_undamaged_pairs_are_only_trained_on(faces, places):
+    settings = dataclasses.replace(TINY, scenes=2, undamaged=True)
+    faces = faces._replace(scenes=ru.draw_pictures("scene", 2, settings, places))
+    splits = ru.split_pairs(ru.prepare_pairs(faces, places, settings), settings)
+    for train, validation in (splits[:2], splits[2:]):
+        assert sum(pair.is_scene for pair in train) == 2 * 5 and not any(pair.is_scene for pair in validation)
+        kinds = [pair.kind for pair in train]
+        assert {kinds.count(kind) for kind in (*ru.KINDS, "clean")} == {len(train) // 5}
+        assert "clean" not in {pair.kind for pair in validation}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# At its own size
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Stub(nn.Module):
+    """Stands for a generator: `change` maps what it sees to what it returns, `find` to where it sees damage."""
+
+    plain = False
+
+    def __init__(self, change=lambda seen: seen, find=lambda seen: torch.zeros_like(seen[:, :1])):
+        super().__init__()
+        self.weight, self.change, self.find = nn.Parameter(torch.zeros(1)), change, find
+
+    def color(self, whole):
+        return torch.zeros(len(whole), 11), torch.zeros(len(whole))
+
+    def mend(self, seen, damage=None):
+        covered = self.find(seen) if damage is None else damage
+        restored = self.change(seen) * (1 - covered) + 0.2 * covered
+        return ru.Restoration(restored, seen, hole=40 * covered - 20)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (100, 80), (256, 256), (257, 300), (512, 512), (700, 1100)])
+def test_any_size_comes_back_untouched_by_a_network_that_changes_nothing(size):
+    photo = cv2.resize(SCENE, size[::-1], interpolation=cv2.INTER_CUBIC)
+    restored = ru.restore_photo(photo, Stub())
+    assert np.abs(restored.image.astype(int) - photo).max() <= 1
+    assert restored.repainted.shape == size and restored.repainted.max() == 0
+
+
+def test_windows_leave_no_seams_in_flat_grey_or_a_smooth_gradient():
+    """Every window is shifted by its own mean, as a network may do that sees no more than the window."""
+
+    def moody(seen):
+        return seen + 0.2 * (seen.mean((1, 2, 3), keepdim=True) - 0.3)
+
+    x = np.linspace(40, 200, 900)[None, :, None]
+    for photo in (np.full((700, 900, 3), 90.0), np.broadcast_to(x, (700, 900, 3))):
+        photo = np.rint(photo).astype(np.uint8)
+        steps = [
+            np.abs(np.diff(image.astype(int), axis=1)).max()
+            for image in (photo, ru.restore_photo(photo, Stub(moody)).image)
+        ]
+        assert steps[1] <= steps[0] + 1
+
+
+def test_windows_that_disagree_fade_into_each_other():
+    """Inside a hole nothing is smoothed: what each window paints there is seen."""
+    values = iter(np.linspace(-0.9, 0.9, 500))
+
+    class Painter(Stub):
+        def mend(self, seen, damage=None):
+            colors = torch.tensor([next(values) for _ in seen]).float().view(-1, 1, 1, 1)
+            return ru.Restoration(colors.expand_as(seen), seen, hole=torch.full_like(seen[:, :1], -20.0))
+
+    photo = np.zeros((256, 1000, 3), np.uint8)
+    image = ru._by_windows(
+        photo, lambda places: (Painter().mend(torch.zeros(len(places), 3, 256, 256))[0] + 1) * 50, 3, Bar()
+    )
+    assert np.abs(np.diff(image.astype(int), axis=1)).max() <= 2
+    values = iter([0.9, -0.9] * 500)
+    image = ru._by_windows(
+        np.zeros((700, 700, 3), np.uint8),
+        lambda places: (Painter().mend(torch.zeros(len(places), 3, 256, 256))[0] + 1) * 50, 3, Bar(),
+    )  # fmt: skip
+    for axis in (0, 1):  # windows 90 levels apart, over 64 px and more
+        assert np.abs(np.diff(image.astype(int), axis=axis)).max() <= 90 / ru.OVERLAP + 2
+
+
+class Bar:
+    def update(self):
+        pass
+
+
+def test_a_thin_long_scratch_in_a_large_photograph_is_found_whole_and_not_much_more():
+    photo = np.full((1500, 2000, 3), 100, np.uint8)
+    cv2.line(photo, (100, 200), (1900, 1300), (255, 255, 255), 3)
+    truth = photo[..., 0] > 200
+
+    def blurred(seen):  # as a network that sees it at every size
+        return (nn.functional.max_pool2d(seen.amax(1, keepdim=True), 3, 1, 1) > -0.1).float()
+
+    found = ru.restore_photo(photo, Stub(find=blurred)).repainted > 127
+    assert (found & truth).sum() > 0.9 * truth.sum() and found.sum() < 9 * truth.sum()
+
+
+def test_what_the_whole_picture_says_about_colours_reaches_the_full_size():
+    restored = ru.restore_photo(np.full((600, 800, 3), 100, np.uint8), Stub(lambda seen: seen + 20 / 127.5))
+    assert np.abs(restored.image.astype(int) - 120).max() <= 2
+
+
+def bright(seen):
+    return (seen.amin(1, keepdim=True) > 0.8).float()
+
+
+@pytest.mark.parametrize("side", [3, 30, 300])
+def test_damage_of_any_size_is_filled_without_a_halo(side):
+    photo = np.full((1000, 1200, 3), 100, np.uint8)
+    photo[400 : 400 + side, 500 : 500 + side] = 255
+    restored = ru.restore_photo(photo, Stub(find=lambda seen: nn.functional.max_pool2d(bright(seen), 3, 1, 1)))
+    outside = np.abs(restored.image.astype(int) - 100).max(2)
+    outside[390 : 410 + side, 490 : 510 + side] = 0
+    assert outside.max() <= 1 and restored.image[400 : 400 + side, 500 : 500 + side].max() < 200
+    assert (restored.repainted[400 : 400 + side, 500 : 500 + side] > 127).all()
+    assert (restored.repainted > 127).sum() < 2.5 * (side + 12) ** 2
+
+
+def test_grey_in_grey_out_and_sepia_comes_back_neutral():
+    def tinting(seen):
+        return seen + torch.tensor([0.2, 0.0, -0.2]).view(1, 3, 1, 1)
+
+    grey = ru.to_grey(cv2.resize(SCENE, (400, 300)))
+    assert is_grey(ru.restore_photo(grey, Stub(tinting)).image)
+    cast = np.rint(grey * np.array([0.6, 0.8, 0.95])).astype(np.uint8)
+    assert is_grey(ru.restore_photo(cast, Stub(tinting)).image)
+    assert not is_grey(ru.restore_photo(cv2.resize(SCENE, (400, 300)), Stub()).image)
+
+
+def test_filling_can_be_switched_off_and_a_mask_is_trusted():
+    photo = np.full((500, 600, 3), 100, np.uint8)
+    photo[100:140, 200:240] = 255
+    finder = Stub(find=bright)
+    kept = ru.restore_photo(photo, finder, fill=False)
+    assert np.array_equal(kept.image, photo) and kept.repainted.max() == 0
+    mask = np.zeros((500, 600), np.uint8)
+    mask[300:310, 50:500] = 255
+    given = ru.restore_photo(photo, finder, mask=mask)
+    assert (given.repainted[300:310, 50:500] > 127).all() and given.image[120, 220, 0] > 250
+    assert np.abs(given.image[302:308, 60:490].astype(int) - 153).max() <= 3  # what the stub paints
+    with pytest.raises(ValueError, match="600 x 500"):
+        ru.restore_photo(photo, finder, mask=mask[:, :-1])
+
+
+def test_the_share_that_was_repainted_is_said_and_masks_are_files(tmp_path, capsys):
+    photo = np.full((300, 300, 3), 100, np.uint8)
+    mask = np.zeros((300, 300, 3), np.uint8)
+    mask[:30] = 255
+    ru.write_image(tmp_path / "a.png", photo)
+    ru.write_image(tmp_path / "mask.png", mask)
+    ru.restore_image_gan(tmp_path / "a.png", tmp_path / "b.png", Stub(), mask=tmp_path / "mask.png")
+    share = float(capsys.readouterr().out.split("b.png: ")[1].split("%")[0])
+    assert share == pytest.approx(10, abs=1)
+
+
+def test_a_real_generator_restores_at_any_size():
+    generator = ru.build_generator(TINY)
+    for size in ((64, 48), (300, 520)):
+        restored = ru.restore_photo(cv2.resize(SCENE, size), generator)
+        assert restored.image.shape == (size[1], size[0], 3)
+    plain = ru.build_generator(dataclasses.replace(TINY, plain=True))
+    assert ru.restore_photo(cv2.resize(SCENE, (300, 520)), plain).image.shape == (520, 300, 3)
+
+
+MEMORY = """
+import sys, resource, numpy as np
+sys.path.insert(0, sys.argv[1])
+import restoration_utils as ru, torch
+from test_old_photos import Stub
+ru.restore_photo(np.zeros((300, 300, 3), np.uint8), Stub())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ru.restore_photo(np.full((4000, 5000, 3), 90, np.uint8), Stub())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_bounded():
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", MEMORY, str(here.parent)]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    assert int(done.stdout) / 1024 < 20 * 14  # MB, 14 bytes a pixel: the photograph, its result, one copy as PIL has it
