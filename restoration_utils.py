@@ -2480,11 +2480,11 @@ def find_damage(levels: Sequence[np.ndarray], generator: UNetGenerator, curves: 
         np.maximum.at(radius, labels[likely > 0], inside[likely > 0])
         for n, other in enumerate(maps):
             reach = radius * max(other.shape) / max(own.shape)  # px at that size
-            tells = (reach > 1.5) & (reach < 40) | (n == 0) & (reach >= 40) | (n == last) & (reach <= 1.5)
+            tells = (reach > 0.4) & (reach < 40) | (n == 0) & (reach >= 40)
             values = cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA)
             score += tells * sum(np.bincount(row, value, count) for row, value in zip(labels, values))
             judges, ours = judges + tells, tells if n == number else ours
-        accepted = (ours > 0) & (score > 0.5 * 255 * judges * stats[:, cv2.CC_STAT_AREA])
+        accepted = (ours > 0) & (score > 0.6 * 255 * judges * stats[:, cv2.CC_STAT_AREA])
         accepted[0] = False
         found = cv2.resize(np.uint8(255) * accepted[labels], mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
         mask = cv2.max(mask, cv2.threshold(found, 127, 255, cv2.THRESH_BINARY)[1])
