@@ -117,8 +117,7 @@ def test_shifted_rolls_all_by_the_same_random_amount_below_the_limit(batch):
         seen |= set(amounts)
     assert len(seen) == 9
     assert all(torch.equal(*both) for both in zip(ru.shifted(batch[:2], 0, rng), batch[:2]))
-    last = [image.to(memory_format=torch.channels_last) for image in batch[:2]]
-    for image in ru.shifted(last, 3, rng):  # rolling alone may lose it
+    for image in ru.shifted(batch[:2], 3, rng):  # rolling alone may lose it
         assert image.is_contiguous(memory_format=torch.channels_last)
 
 
