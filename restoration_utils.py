@@ -118,7 +118,7 @@ class Settings:
     # step 4, pretraining
     pretrain_epochs: int = 10
     pretrain_lr: float = 1e-3  # Adam, PyTorch's default betas
-    pretrain_lr_step: int = 15  # epochs
+    pretrain_lr_step: int = 15  # epochs; like the patience reached only where the epochs are raised
     patience: int = 10  # epochs without a better validation loss before stopping early
     mse_weight: float = 0.1  # beside L1
     heads_weight: float = 1.0  # of the loss that teaches the generator's heads (colour, holes), beside L1
@@ -128,7 +128,7 @@ class Settings:
     generator_lr: float = 1e-4
     discriminator_lr: float = 2e-4
     gan_betas: tuple[float, float] = (0.5, 0.999)  # Radford et al. 2016
-    gan_lr_step: int = 25  # epochs
+    gan_lr_step: int = 25  # epochs; reached only where they are raised
     l1_weight: float = 100.0
     shift: int = 8  # px, the discriminator's total stride: it sees pairs rolled by fewer than that; 0: as they are
     every_second_batch_after: int = 10  # epochs; from then on the generator is trained on every second batch only
@@ -242,7 +242,10 @@ def in_notebook() -> bool:
 
 
 def start() -> tuple[Settings, Places, torch.device]:
-    """What every notebook's setup cell calls: settings, places and device, and one line that names them."""
+    """What every notebook's setup cell calls: settings, places and device, and one line that names them.
+
+    Also for the whole process: figures as JPEG in a notebook, no warnings about pictures' metadata, freed memory kept.
+    """
     if in_notebook():  # as PNG, the many photographs would make notebooks of several megabytes
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -473,9 +476,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _is_incomplete_jpeg(content: bytes, image: Image.Image) -> bool:
     """Whether a part of the picture is missing, although it could be decoded (a cut file, filled up or mended).
 
-    Decoders invent what is missing and say nothing: flat blocks where nothing follows, others from zeros. So where the
-    end looks like that, other bytes are put behind and in place of the picture's last ones: behind, they change nothing
-    if it is whole; in place, they do.
+    Decoders invent what is missing and say nothing: flat blocks where nothing follows, others from zeros. A picture
+    whose last block of 8 x 8 px is not flat and whose last bytes are not all alike is whole. Else other bytes are put
+    behind the picture's data, where they change nothing if it is whole, and in the place of its last 32, where they do.
+    (Markers: FF DA a scan begins, FF D9 the picture ends, FF C2 progressive: several scans, of which any may be cut.)
     """
     begin = 2
     while (marker := content[begin : begin + 2]) != b"\xff\xda":  # from segment to segment, to the picture's data
@@ -1037,7 +1041,7 @@ class Pair(NamedTuple):
 
     kind: str  # of damage
     name: str  # of the original
-    content: str  # fingerprint of the original's file, empty if it could not be read
+    content: str  # fingerprint of the original's bytes, empty if they could not be read: copies have the same
     original: Path
     degraded: Path
     is_scene: bool = False  # no face: to train on only
@@ -1214,6 +1218,7 @@ def draw_views(size: tuple[int, int], settings: Settings, rng: np.random.Generat
 def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> list[Pair]:
     """Reads all images of the pairs, once and in parallel, into one file in the outputs, and says in each pair where.
 
+    `pairs` as `plan_pairs` has them: the kinds of an original side by side, none missing.
     The file is a NumPy array, uint8 (originals, views, planes, 256, 256), which is mapped into memory: nothing is
     decoded again in any epoch or notebook, and there may be more of it than memory. Its name says what it is made from.
     """
@@ -2281,8 +2286,10 @@ def load_pretrained(generator: UNetGenerator, run: Run) -> str:
             copy_file(path, run.outputs / name)
         generator.load_state_dict(content["generator"])
         print(f"The generator starts from {path.name}, epoch {content['epoch']} of the pretraining")
-        history = find_artifact("pretrain_history.json", run)
-        if history and len(json.loads(history.read_text())) < min(run.settings.pretrain_epochs, run.settings.patience):
+        found = find_artifact("pretrain_history.json", run)
+        history = json.loads(found.read_text()) if found else []
+        stopped = len(history) - best_epoch(history) >= run.settings.patience
+        if history and len(history) < run.settings.pretrain_epochs and not stopped:
             print(
                 "WARNING: the pretraining is not finished. Let 04 end first: with its later weights this cannot go on"
             )

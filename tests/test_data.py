@@ -291,9 +291,9 @@ def test_relative_paths_count_from_the_modules_folder_and_misspelt_sources_are_r
 
 
 def test_every_file_is_read_once_for_all_epochs_and_notebooks(faces, places, monkeypatch):
-    opened, read_image = [], ru.read_image
+    opened, open_image = [], ru.open_image
     ru.degrade_folder(faces, places.degraded, TINY)
-    monkeypatch.setattr(ru, "read_image", lambda path: opened.append(path) or read_image(path))
+    monkeypatch.setattr(ru, "open_image", lambda path: opened.append(path) or open_image(path))
     pairs = ru.prepare_pairs(faces, places, TINY)
     assert len(opened) == len(set(opened)) == 40
     run = ru.Run(dataclasses.replace(TINY, pretrain_epochs=2), places, CPU, ru.faces_id(pairs))

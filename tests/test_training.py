@@ -328,6 +328,11 @@ def test_a_pretraining_that_is_not_finished_is_said_before_the_gan_starts_from_i
     for epochs, said in ((1, False), (2, True)):
         ru.load_pretrained(ru.build_generator(run.settings), with_settings(run, pretrain_epochs=epochs))
         assert ("the pretraining is not finished" in capsys.readouterr().out) == said
+    for best, said in ((12, True), (2, False)):  # still improving after more epochs than the patience; stopped early
+        rows = [{"epoch": epoch, "val_loss": abs(epoch - best)} for epoch in range(1, 13)]
+        ru.write_json(run.outputs / "pretrain_history.json", rows)
+        ru.load_pretrained(ru.build_generator(run.settings), with_settings(run, pretrain_epochs=50, patience=10))
+        assert ("the pretraining is not finished" in capsys.readouterr().out) == said
 
 
 def test_one_overflow_in_float16_does_not_stop_a_training(run, pairs, monkeypatch):
