@@ -512,7 +512,8 @@ def without_tint(image: Image.Image) -> Image.Image:
     """A photograph in one tone (grey, sepia, or grey with a cast) in neutral grey, RGB; any other as it is.
 
     In one tone, colours depend on the brightness only: at 256 px, where grain is gone, R - G and B - G of 95 % of the
-    pixels are within 5 levels of the median at their brightness (more, if the tone is strong). With less than a fifth
+    pixels are within 5 levels of the median at their brightness (more, if the tone is strong), and hardly any far from
+    it: painted cheeks are colour. With less than a fifth
     of all brightnesses nobody can say: a blue wall is no blue print.
     """
     small = image.resize((min(IMAGE_SIZE, image.width), min(IMAGE_SIZE, image.height)), Image.Resampling.BOX)
@@ -521,8 +522,11 @@ def without_tint(image: Image.Image) -> Image.Image:
         return image
     red, green, blue = np.asarray(small, np.float32).reshape(-1, 3).T
     for chroma in (red - green, blue - green):
-        usual = ndimage.median(chroma, brightness, np.arange(32))[brightness]
-        if np.quantile(np.abs(chroma - usual), 0.95) > 5 + 0.13 * np.abs(chroma).mean():
+        usual = ndimage.median(chroma, brightness, np.arange(32))
+        jumps = np.abs(np.diff(usual[np.unique(brightness)]))  # from one brightness to the next, a tone changes little
+        off = np.abs(chroma - usual[brightness])
+        many, strong = np.quantile(off, 0.95) > 5 + 0.13 * np.abs(chroma).mean(), (off > 30).mean() > 0.003
+        if many or strong or jumps.max() > 30:
             return image
     return image.convert("L").convert("RGB")
 
@@ -756,7 +760,7 @@ def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Set
 
 # What fifty years do to a print, in the order in which they do it. Lengths are in thousandths of the shorter side, so a
 # photograph ages alike at every size. The list of faults follows Wan et al. 2020 (old photos brought back to life), the
-# fading of dyes Wilhelm 1993 (cyan goes first, in the dark), the shape of scratches Kokaram 1998.
+# fading of dyes Wilhelm 1993 (each at its own rate), the shape of scratches Kokaram 1998.
 
 BLACK_AND_WHITE = 0.45  # of aged photographs
 
@@ -780,11 +784,14 @@ def jagged_line(start: np.ndarray, end: np.ndarray, rng: np.random.Generator, ro
 
 
 def _draw_line(canvas: np.ndarray, points: np.ndarray, opacity: float, thickness: float) -> None:
-    """A smooth-edged line; what is thinner than a pixel is fainter instead."""
-    strength = int(255 * opacity * min(1, max(thickness, 0.35)))
-    cv2.polylines(
-        canvas, [np.rint(points * 16).astype(np.int32)], False, strength, max(1, round(thickness)), cv2.LINE_AA, 4
-    )
+    """A smooth-edged line, which does not weaken what is there; thinner than a pixel it is fainter instead."""
+    strength, width = int(255 * opacity * min(1, max(thickness, 0.35))), max(1, round(thickness))
+    low, high = np.clip((points.min(0) - width, points.max(0) + width + 1), 0, canvas.shape[::-1]).astype(int)
+    part = canvas[low[1] : high[1], low[0] : high[0]]
+    line = np.zeros_like(part)
+    if line.size:
+        cv2.polylines(line, [np.rint((points - low) * 16).astype(np.int32)], False, strength, width, cv2.LINE_AA, 4)
+        part[...] = cv2.max(part, line)
 
 
 def _draw_scratches(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> None:
@@ -820,7 +827,8 @@ def _draw_cracks(light: np.ndarray, dark: np.ndarray, rng: np.random.Generator, 
     while todo:
         begin, end, rough, thickness, branches = todo.pop()
         line = jagged_line(begin, end, rng, rough)
-        flank = rng.choice((-1, 1)) * (thickness / 2 + 0.8 * unit)
+        across = (end - begin)[::-1] * (-1, 1) / np.linalg.norm(end - begin)
+        flank = rng.choice((-1, 1)) * (thickness / 2 + 0.8 * unit) * across
         _draw_line(dark, line + flank, rng.uniform(0.1, 0.6), 0.7 * thickness)
         opacity, gone = rng.uniform(0.55, 1), rng.random(4) < 0.15  # in places the emulsion holds
         for quarter in range(4):
@@ -889,7 +897,7 @@ def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> Damage:
     rng = np.random.default_rng(rng.integers(2**63))  # of its own: what is drawn later does not depend on the size
     unit, care = min(shape[:2]) / 1000, rng.uniform(0.3, 1.1)
     paper = tuple((rng.uniform(205, 245) + np.array((-14, -4, 0)) * rng.uniform(0, 1.5)).tolist())
-    ink = tuple(rng.uniform(5, 70, 3).mean() + np.zeros(3))
+    ink = (rng.uniform(5, 70),) * 3
     torn = paper if rng.random() < 0.7 else (rng.choice((8.0, 250.0)),) * 3
     dark, light, tears = (np.zeros(shape[:2], np.uint8) for _ in range(3))
     if rng.random() < care:
@@ -925,7 +933,8 @@ def to_grey(image: np.ndarray) -> np.ndarray:
 def fade(image: np.ndarray, rng: np.random.Generator, tone: float) -> np.ndarray:
     """Fades the dyes: every channel gets lighter blacks, duller whites and another gamma; saturation goes.
 
-    uint8 BGR (H, W, 3) in and out. With `tone`, the image is grey and turns brown so far (0: neutral, 1: sepia).
+    uint8 BGR (H, W, 3) in and out. With a `tone` from 0 (neutral) to 1 (sepia), the image is grey and turns brown so
+    far; -1: it is in colour.
     """
     severity = rng.uniform(0.3, 1)
     black = severity * (rng.uniform(0, 0.25) + rng.uniform(-0.1, 0.1, 3))
@@ -969,7 +978,7 @@ def uneven_light(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
 
 
 def film_grain(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Grain in luminance, in grey levels, float32 (H, W): of 2 to 14 levels, its clumps of 1 to 2.5 pixels."""
+    """Grain in luminance, in grey levels, float32 (H, W): of about 1 to 14 levels, its clumps of 1 to 2.5 pixels."""
     size, strength = rng.uniform(1, 2.5), np.exp(rng.uniform(math.log(1.5), math.log(14)))
     small = np.empty((math.ceil(shape[0] / size), math.ceil(shape[1] / size)), np.float32)
     cv2.setRNGSeed(int(rng.integers(-(2**31), 2**31)))
@@ -1023,15 +1032,19 @@ def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, settings: Se
 
 def drawn_id(draw: Callable[[np.random.Generator], np.ndarray]) -> str:
     """A fingerprint of what a function draws from a few seeds, with this code and these versions of the libraries."""
-    return fingerprint(*(draw(np.random.default_rng(seed)).tobytes() for seed in range(3)))
+    return fingerprint(*(draw(np.random.default_rng(seed)).tobytes() for seed in range(6)))
 
 
 @functools.cache
 def degradation_id(settings: Settings) -> str:
     """A fingerprint of what the degradations make of a test card: files of an older code are known to be old."""
-    card = (np.arange(96 * 128 * 3) % 251).astype(np.uint8).reshape(96, 128, 3)
+    card = (np.arange(400 * 480 * 3) % 251).astype(np.uint8).reshape(400, 480, 3)
     drawn = [drawn_id(lambda rng, kind=kind: degrade(card, kind, rng, settings)) for kind in settings.kinds]
-    drawn += [drawn_id(lambda rng, kind=kind: MASKS[kind](card.shape, rng, settings)) for kind in MASKS]
+    drawn += [
+        drawn_id(lambda rng, kind=kind: MASKS[kind](card.shape, rng, settings))
+        for kind in settings.kinds
+        if kind in MASKS
+    ]
     names = ("seed", "kinds", "noise_sigma", "saturation", "value", "polygons", "polygon_vertices", "polygon_size")
     return fingerprint(drawn, [getattr(settings, name) for name in (*names, "jpeg_quality")])
 
@@ -1342,7 +1355,7 @@ class FaceRestorationGANDataset(Dataset):
         hole = torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE)
         if pair.mask_plane:
             hole = views[view, pair.mask_plane, None].float().div_(255)
-        if pair.is_grey:
+        if pair.is_grey or bool((whole == whole[:1]).all()):  # from a grey photograph comes a grey one
             original = rgb_to_grayscale(original, 3)
         if mirrored:
             degraded, original, hole, whole = (image.flip(-1) for image in (degraded, original, hole, whole))
@@ -2478,7 +2491,7 @@ def find_damage(levels: Sequence[np.ndarray], generator: UNetGenerator, curves: 
             return 255 * torch.sigmoid(generator.mend(recolor(windows, curves.expand(len(places), -1))).hole)
 
         maps.append(_by_windows(photo, look, 1, bar)[..., 0])
-    mask, last = np.zeros_like(maps[-1]), len(maps) - 1
+    mask = np.zeros_like(maps[-1])
     for number, own in enumerate(maps):
         likely = (own > 0.4 * 255).astype(np.uint8)
         count, labels, stats, _ = cv2.connectedComponentsWithStats(likely)

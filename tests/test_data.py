@@ -295,11 +295,11 @@ def test_every_file_is_read_once_for_all_epochs_and_notebooks(faces, places, mon
     ru.degrade_folder(faces, places.degraded, TINY)
     monkeypatch.setattr(ru, "open_image", lambda path: opened.append(path) or open_image(path))
     pairs = ru.prepare_pairs(faces, places, TINY)
-    assert len(opened) == len(set(opened)) == 40
+    assert len(opened) == len(set(opened)) == 50
     run = ru.Run(dataclasses.replace(TINY, pretrain_epochs=2), places, CPU, ru.faces_id(pairs))
     split = ru.split_pairs(ru.prepare_pairs(faces, places, TINY), TINY)
     ru.pretrain_generator(ru.build_generator(TINY), split.pretrain_train, split.pretrain_validation, run)
-    assert len(opened) == 40
+    assert len(opened) == 50
 
 
 def test_few_photographs_are_noted(faces, places, monkeypatch, capsys):
