@@ -448,7 +448,8 @@ def read_image(path: str | Path) -> np.ndarray:
     return cv2.cvtColor(np.asarray(open_image(path)), cv2.COLOR_RGB2BGR)
 
 
-UPRIGHT = dict(zip(range(2, 9), (Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2))))  # by EXIF orientation
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(_TURNS.split(), 2)}  # by EXIF's number
 
 
 def _orientation(image: Image.Image) -> int:
