@@ -932,26 +932,23 @@ def to_grey(image: np.ndarray) -> np.ndarray:
 
 
 def fade(image: np.ndarray, rng: np.random.Generator, tone: float) -> np.ndarray:
-    """Fades the dyes: every channel gets lighter blacks, duller whites and another gamma; saturation goes.
+    """Fades the dyes or the silver of a print, and yellows its paper, for every channel by a curve of its own.
 
-    uint8 BGR (H, W, 3) in and out. With a `tone` from 0 (neutral) to 1 (sepia), the image is grey and turns brown so
-    far; -1: it is in colour.
+    uint8 BGR (H, W, 3) in and out. What holds the colour is a density D, which light passes as 10 ** -D (Beer's law),
+    2 in the blacks of a print. Of that each dye keeps a share of its own (Wilhelm 1993), and the paper gains some: so
+    blacks get lighter, contrast and colours go, whites get dull. With a `tone` from 0 (neutral) to 1 (sepia), the image
+    is grey, of one substance, and turns brown so far; -1: it is in colour.
     """
-    severity = rng.uniform(0.3, 1)
-    black = severity * (rng.uniform(0, 0.25) + rng.uniform(-0.1, 0.1, 3))
-    white = 1 - severity * (rng.uniform(0, 0.35) + rng.uniform(-0.05, 0.3, 3) * rng.uniform(0, 1))
-    gamma = np.exp(severity * (rng.uniform(-0.45, 0.45) + rng.normal(0, 0.15, 3)))
+    severity = rng.uniform(0.4, 1)
+    kept = 1 - severity * (rng.uniform(0.2, 0.8) + rng.uniform(-0.25, 0.25, 3))
+    stain = severity * (rng.uniform(0, 0.2) + rng.uniform(0, 0.3) * np.array((1, 0.4, 0.1)))  # of the paper: yellow
     if tone >= 0:
-        black, white, gamma = (np.full(3, values[1]) for values in (black, white, gamma))
-        white, black = white * (1 - tone * np.array((0.38, 0.14, 0))), black + tone * np.array((-0.02, 0.01, 0.05))
-        gamma = gamma * (1 + tone * np.array((0.3, 0.1, -0.1)))
-    black, white = black.clip(0, 0.4), white.clip(0.5, 1)
-    levels = np.arange(256)[:, None] / 255
-    curves = black + (white - black).clip(0.25) * levels**gamma  # (256, 3)
-    if tone < 0:
-        kept = 1 - severity * rng.uniform(0, 0.6)
-        image = cv2.addWeighted(image, kept, to_grey(image), 1 - kept, 0)
-    return cv2.LUT(image, np.rint(255 * curves.clip(0, 1)).astype(np.uint8)[None])
+        kept, stain = kept.mean() * (1 + tone * np.array((0.2, 0, -0.15))), stain + tone * np.array((0.15, 0.05, 0))
+    black = 0.01  # of the light, comes back where D is 2
+    light = black + (1 - black) * (np.arange(256)[:, None] / 255) ** 2.2  # (256, 1), of linear light
+    light = light ** kept.clip(0.35) * 10 ** -stain  # (256, 3)
+    curves = ((light - black) / (1 - black)).clip(0, 1) ** (1 / 2.2)
+    return cv2.LUT(image, np.rint(255 * curves).astype(np.uint8)[None])
 
 
 def uneven_light(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
@@ -1515,10 +1512,8 @@ class GrainHead(nn.Module):
         super().__init__()
         first, second = (nn.Conv2d(i, channels, 3, padding=1) for i in (3, channels))
         self.features = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
-        self.noise = nn.Conv2d(channels + 3, 3, 3, padding=1, bias=False)
-        self.specks = nn.Conv2d(channels, 1, 3, padding=1, bias=False)
-        nn.init.zeros_(self.noise.weight)
-        nn.init.zeros_(self.specks.weight)
+        self.noise_and_specks = nn.Conv2d(channels + 3, 3 + 1, 3, padding=1, bias=False)
+        nn.init.zeros_(self.noise_and_specks.weight)
 
     def forward(self, degraded: Tensor) -> tuple[Tensor, Tensor]:
         """The noise, (N, 3, 256, 256), in the units of `degraded`, and evidence of specks, logits (N, 1, 256, 256)."""
@@ -1526,9 +1521,8 @@ class GrainHead(nn.Module):
         level = noise_level(detail)  # (N, 1, 1, 1)
         detail = detail / level.clamp(min=1 / 127.5)  # at least an 8-bit step
         detail = detail.clamp(-6, 6)  # what stands out further is no noise
-        features = self.features(detail)
-        noise = 3 * level * convolve_both(self.noise, features, detail).float()  # 3, and 6 below: learns fast
-        return noise, 6 * self.specks(features).float()
+        noise, specks = convolve_both(self.noise_and_specks, self.features(detail), detail).float().split([3, 1], 1)
+        return 3 * level * noise, 6 * specks  # 3, 6: learns fast
 
 
 def convolve_both(convolution: nn.Conv2d, features: Tensor, images: Tensor) -> Tensor:
