@@ -122,6 +122,7 @@ class Settings:
     patience: int = 10  # epochs without a better validation loss before stopping early
     mse_weight: float = 0.1  # beside L1
     heads_weight: float = 1.0  # of the loss that teaches the generator's heads (colour, holes), beside L1
+    color_lessons: int = 16  # thumbnails in every step, faded anew, for the colour head alone
 
     # step 5, GAN training
     gan_epochs: int = 10
@@ -141,12 +142,12 @@ FULL = Settings()
 PROFILES = {
     "full": FULL,
     "quick": Settings(
-        "quick", max_faces=200, portraits=200, portrait_size=512, scenes=40, pretrain_epochs=7, gan_epochs=2, **NARROW
+        "quick", max_faces=200, portraits=200, portrait_size=512, scenes=40, pretrain_epochs=6, gan_epochs=2, **NARROW
     ),
     "smoke": Settings("smoke", max_faces=12, portraits=12, portrait_size=128, scenes=2, windows=1, **TINY),
 }
 # The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew, the pair as it is.
-PLAIN = {"plain": True, "heads_weight": 0.0, "ema": 0.0, "shift": 0}
+PLAIN = {"plain": True, "heads_weight": 0.0, "color_lessons": 1, "ema": 0.0, "shift": 0}
 PLAIN |= {"kinds": KINDS[:3], "scenes": 0, "windows": 0, "undamaged": False}
 VARIABLES = tuple(f"RESTORATION_{name}" for name in ("PROFILE", "PLAIN", "STRICT", "FACES"))
 
@@ -946,7 +947,7 @@ def fade(image: np.ndarray, rng: np.random.Generator, tone: float) -> np.ndarray
         kept, stain = kept.mean() * (1 + tone * np.array((0.2, 0, -0.15))), stain + tone * np.array((0.15, 0.05, 0))
     black = 0.01  # of the light, comes back where D is 2
     light = black + (1 - black) * (np.arange(256)[:, None] / 255) ** 2.2  # (256, 1), of linear light
-    light = light ** kept.clip(0.35) * 10 ** -stain  # (256, 3)
+    light = light ** kept.clip(0.35) * 10**-stain  # (256, 3)
     curves = ((light - black) / (1 - black)).clip(0, 1) ** (1 / 2.2)
     return cv2.LUT(image, np.rint(255 * curves).astype(np.uint8)[None])
 
@@ -1314,8 +1315,8 @@ def split_pairs(pairs: Sequence[Pair], settings: Settings) -> Splits:
 
     def to_train_on(faces: list[Pair]) -> list[Pair]:
         chosen = faces + scenes
-        clean = [pair.undamaged() for pair in chosen if pair.kind == settings.kinds[0]]
-        return chosen + (clean if settings.undamaged else [])
+        clean = [pair.undamaged() for pair in chosen if pair.kind == settings.kinds[0] and settings.undamaged]
+        return chosen + clean + [pair for pair in chosen if pair.kind == "aged"]  # twice: it has the most to teach
 
     return Splits(to_train_on(train), final + middle, to_train_on(train + middle), final)
 
@@ -1330,9 +1331,9 @@ class FaceRestorationGANDataset(Dataset):
     """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with the rest.
 
     That is `kind`, `name`; `hole`, the true mask of what is physically damaged, float (1, 256, 256) in [0, 1];
-    `whole`, all of the degraded photograph at 64 px, float (3, 64, 64); `faded`, 1 or 0. An item is asked for by its
-    index, or by (index, mirrored, view) to train with; view 0 is the whole. The pixels are those of `image_transform`,
-    from the file of `store_images`. The original of a black-and-white print is grey.
+    `whole`, all of the degraded photograph at 64 px, float (3, 64, 64). An item is asked for by its index, or by
+    (index, mirrored, view) to train with; view 0 is the whole. The pixels are those of `image_transform`, from the file
+    of `store_images`. The original of a black-and-white print is grey.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -1357,8 +1358,7 @@ class FaceRestorationGANDataset(Dataset):
             original = rgb_to_grayscale(original, 3)
         if mirrored:
             degraded, original, hole, whole = (image.flip(-1) for image in (degraded, original, hole, whole))
-        faded = torch.tensor(float(pair.kind in ("color", "aged")))
-        info = {"kind": pair.kind, "name": pair.name, "hole": hole, "whole": F.avg_pool2d(whole, 4), "faded": faded}
+        info = {"kind": pair.kind, "name": pair.name, "hole": hole, "whole": F.avg_pool2d(whole, 4)}
         return degraded, original, info
 
 
@@ -1392,6 +1392,49 @@ def training_order(length: int, settings: Settings, stage: str, epoch: int) -> l
     order, mirrored = rng.permutation(length), rng.random(length) < settings.flip
     views = (rng.integers(max(1, 2 * settings.windows), size=length) - settings.windows + 1).clip(0, settings.windows)
     return list(zip(order.tolist(), mirrored.tolist(), views.tolist()))
+
+
+def thumbnails(pairs: Sequence[Pair]) -> np.ndarray:
+    """The originals of the pairs, each once, as the colour head sees photographs: uint8 BGR (N, 64, 64, 3)."""
+    images, rows = np.load(pairs[0].store, mmap_mode="r"), sorted({pair.row for pair in pairs})
+    small = [images[row, 0, 2::-1].reshape(3, 64, 4, 64, 4).mean((2, 4)) for row in rows]
+    return np.rint(small).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def make_pale(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), as pale and flat as a good photograph may be: nothing that has to be mended."""
+    highest = image.max(2, keepdims=True).astype(np.float32)
+    pale = highest + rng.uniform(0.5, 1) * (image - highest)
+    black = (rng.uniform(0, 0.15) + rng.normal(0, 0.03, 3)).clip(0)
+    white = (1 - rng.uniform(0, 0.2) + rng.normal(0, 0.03, 3)).clip(0, 1)
+    return np.rint(255 * black + (white - black) * pale).clip(0, 255).astype(np.uint8)
+
+
+def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Generator) -> dict[str, Tensor]:
+    """A batch of thumbnails for the colour head, faded anew every time: of the same few it learns too little.
+
+    From `originals`, uint8 BGR (M, 64, 64, 3): `whole` and `original`, float RGB (N, 3, 64, 64) in [-1, 1]; `known`,
+    (N, 1, 64, 64), 0 where there is damage; `faded`, (N, 2), whether by `distort_colors` and whether by `age_photo`.
+    Some of the originals are pale, and a part of them stays as it is.
+    """
+    kinds = ["clean", *(kind for kind in settings.kinds if kind != "noisy")]  # noise is finer
+    images: dict[str, list] = {"whole": [], "original": [], "known": [], "faded": []}
+    for _ in range(settings.color_lessons):
+        original, kind = originals[rng.integers(len(originals))], kinds[rng.integers(len(kinds))]
+        original = make_pale(original, rng) if rng.random() < 0.4 else original
+        pair = Pair(kind, str(rng.integers(2**63)), "", Path(), Path())
+        drawn = np.random.default_rng(pair.seed(settings))
+        degraded = original if kind == "clean" else degrade(original, kind, drawn, settings)
+        whole = np.asarray(without_tint(to_pil(degraded)))
+        is_grey = (whole == whole[..., :1]).all()  # no colours can come back
+        is_grey |= kind == "aged" and is_black_and_white(np.random.default_rng(pair.seed(settings)))
+        images["whole"].append(whole)
+        images["original"].append((to_grey(original) if is_grey else original)[..., ::-1])
+        images["known"].append(255 - pair.mask(original.shape, settings)[..., None])
+        images["faded"].append((kind == "color", kind == "aged"))
+    faded = torch.tensor(images.pop("faded")).float()
+    lesson = {k: torch.from_numpy(np.stack(v)).permute(0, 3, 1, 2) / 127.5 - 1 for k, v in images.items()}
+    return lesson | {"known": (lesson["known"] > 0).float(), "faded": faded}
 
 
 # ======================================================================================================================
@@ -1429,25 +1472,29 @@ def doubtless(probability: Tensor, low: float, high: float) -> Tensor:
 class ColorHead(nn.Module):
     """Estimates how a photograph has faded, from the whole of it, and how sure it is that it has.
 
-    Fading is a curve for every channel (black, white, gamma) and a loss of saturation S and brightness V of HSV. The
-    numbers come from how bright, how saturated and how tinted the picture is where it is so least, most and in between:
-    quantiles at 64 px. Blacks and whites are sought between those that are there and those that could be: how far to
-    stretch a channel is a smaller question than where its black is. Without the certainty, every good picture would be
-    mended a little, too: below a probability of 0.3 nothing is done, from 0.6 all of it.
+    Of two ways: as prints age, by a curve for every channel (black, white, gamma), and by a loss of saturation S and
+    brightness V of HSV. The numbers come from how bright, how saturated and how tinted the picture is where it is so
+    least, most and in between: quantiles at 64 px. Blacks and whites are sought between those that are there and those
+    that could be: how far to stretch a channel is a smaller question than where its black is. Without the certainty,
+    every good picture would be mended a little, too: up to the first probability nothing is done, from the second all.
     """
 
     QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+    DOUBT = ((0.3, 0.6), (0.6, 0.9))  # for saturation and brightness, and for ageing, where a mistake costs more
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
         layers = [nn.Linear(7 * len(self.QUANTILES), hidden), nn.LeakyReLU(0.2)]
-        layers += [nn.Linear(hidden, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 12)]
+        layers += [nn.Linear(hidden, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 13)]
         self.layers = nn.Sequential(*layers)
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
-    def forward(self, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """Photographs of 64 px, (N, 3, 64, 64) in [-1, 1], to curves for `recolor`, (N, 11), and logits (N,)."""
+    def forward(self, whole: Tensor, doubting: bool = True) -> tuple[Tensor, Tensor]:
+        """Photographs of 64 px, (N, 3, 64, 64) in [-1, 1], to curves for `recolor`, (N, 11), and logits (N, 2).
+
+        Not `doubting`, to learn, acts as far as it is likely.
+        """
         rgb = (whole.float() + 1) / 2
         high, low = rgb.amax(1, keepdim=True), rgb.amin(1, keepdim=True)
         red, green, blue = rgb.split(1, 1)
@@ -1455,14 +1502,17 @@ class ColorHead(nn.Module):
         ranks = [round(quantile * (maps.shape[2] - 1)) for quantile in self.QUANTILES]
         quantiles = maps.sort(2).values[:, :, ranks]  # (N, 7, 9)
         with torch.autocast(whole.device.type, enabled=False):  # the whole picture depends on these few numbers
-            numbers = self.layers(4 * quantiles.flatten(1) - 2)  # (N, 12)
-        faded = 4 * numbers[:, -1]
-        sure = torch.sigmoid(faded) if self.training else doubtless(torch.sigmoid(faded), 0.3, 0.6)
-        sure, stretch = sure[:, None], torch.sigmoid(3 * numbers[:, :6])  # 3, and 2 below: learns fast
-        black = sure * stretch[:, :3] * quantiles[:, :3, 1]
-        white = 1 - sure * stretch[:, 3:] * (1 - quantiles[:, :3, -2])
+            numbers = self.layers(4 * quantiles.flatten(1) - 2)  # (N, 13)
+        faded = 4 * numbers[:, 11:]
+        sure = [
+            doubtless(probability, *doubt) if doubting else probability
+            for probability, doubt in zip(torch.sigmoid(faded).split(1, 1), self.DOUBT)
+        ]
+        stretch = torch.sigmoid(3 * numbers[:, :6])  # 3, and 2 below: learns fast
+        black = sure[1] * stretch[:, :3] * quantiles[:, :3, 1]
+        white = 1 - sure[1] * stretch[:, 3:] * (1 - quantiles[:, :3, -2])
         gamma, gains = 0.9 * torch.tanh(2 * numbers[:, 6:9]), 1.5 * torch.tanh(2 * numbers[:, 9:11])
-        return torch.cat([black, -(white - black).clamp(min=0.1).log(), sure * gamma, sure * gains], 1), faded
+        return torch.cat([black, -(white - black).clamp(min=0.1).log(), sure[1] * gamma, sure[0] * gains], 1), faded
 
 
 def recolor(images: Tensor, curves: Tensor) -> Tensor:
@@ -1585,7 +1635,6 @@ class Restoration(NamedTuple):
 
     restored: Tensor  # (N, 3, 256, 256) in [-1, 1]
     recolored: Tensor | None = None  # (N, 3, 256, 256), the input with its colours mended
-    faded: Tensor | None = None  # (N,), logits of the probability that they had faded
     hole: Tensor | None = None  # (N, 1, 256, 256), logits of the probability that a pixel is physically damaged
     repainted: Tensor | None = None  # (N, 3, 256, 256) in [-1, 1], what to paint there
 
@@ -1633,7 +1682,7 @@ class OutputLayer(nn.Module):
         kept = torch.tanh(torch.atanh(without_grain.clamp(-limit, limit)) + correction)
         repainted = torch.tanh(torch.atanh(surroundings.clamp(-limit, limit)) + repaint)
         restored = kept + covered * (repainted - kept)
-        return Restoration(restored, recolored, None, hole, repainted)
+        return Restoration(restored, recolored, hole, repainted)
 
 
 def check_images(images: Tensor, who: str) -> None:
@@ -1687,13 +1736,15 @@ class UNetGenerator(nn.Module):
     def restore(self, degraded: Tensor, whole: Tensor | None = None) -> Restoration:
         """The restored images together with the detected holes and what was painted into them.
 
-        For windows of photographs, `whole` are those at 64 px, (N, 3, 64, 64), from which the colours are judged.
+        For windows of photographs, `whole` are those at 64 px, (N, 3, 64, 64), from which the colours are judged. That
+        is learnt from lessons of its own (`color_lesson`) and not from here.
         """
         check_images(degraded, "the generator")
         if self.plain:
             return Restoration(self.mend(degraded))
-        curves, faded = self.color(F.avg_pool2d(degraded, 4) if whole is None else whole)
-        return self.mend(recolor(degraded, curves))._replace(faded=faded)
+        with torch.no_grad():
+            curves, _ = self.color(F.avg_pool2d(degraded, 4) if whole is None else whole)
+        return self.mend(recolor(degraded, curves))
 
     def mend(self, recolored: Tensor, damage: Tensor | None = None) -> Restoration | Tensor:
         """All but the colours; where `damage` (N, 1, 256, 256) is given, it is 1 in the holes and 0 elsewhere."""
@@ -2098,7 +2149,6 @@ def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor, dict]
     degraded, original, info = batch
     options = {"non_blocking": True, "memory_format": torch.channels_last}
     moved = {key: info[key].to(device, **options) for key in ("hole", "whole")}
-    moved["faded"] = info["faded"].to(device, non_blocking=True)
     return degraded.to(device, **options), original.to(device, **options), info | moved
 
 
@@ -2139,37 +2189,50 @@ def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Pat
 # ======================================================================================================================
 
 
-def heads_loss(restoration: Restoration, original: Tensor, info: Mapping[str, Tensor]) -> Tensor:
-    """Teaches the heads their tasks, each on its own: say whether colours have faded, mend them, find holes, fill them.
+def heads_loss(restoration: Restoration, original: Tensor, damage: Tensor) -> Tensor:
+    """Teaches the generator to find holes and to fill them: `damage`, (N, 1, 256, 256) in [0, 1], is where they are.
 
-    L1 of the recoloured image outside the holes (at 64 px, where noise is gone), cross-entropy of faded against truly
-    faded and of the detected against the true holes, and L1 of what is painted into the true ones, times 10 since they
-    are few; a hole counts as one pixel wider. Through the blended output alone, the painter would learn only by way of
-    a detector that is not yet sure.
+    Cross-entropy of the detected against the true holes, where what is thin counts up to four times, and L1 of what is
+    painted into the true ones, times 10 since they are few; a hole counts as one pixel wider. Through the blended
+    output alone, the painter would learn only by way of a detector that is not yet sure.
     """
-    damage = (info["hole"] > 0.15).float()
+    damage = (damage > 0.15).float()
     touched = F.conv2d(damage, damage.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
     hole = (touched > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
-    recolored, truth, known = (F.avg_pool2d(image, 4) for image in (restoration.recolored, original, 1 - hole))
-    recolor_loss = (known.floor() * (recolored - truth).abs()).mean()
-    faded_loss = F.binary_cross_entropy_with_logits(restoration.faded, info["faded"])
     repaint_loss = (hole * (restoration.repainted - original).abs()).mean()
-    hole_loss = F.binary_cross_entropy_with_logits(restoration.hole, hole)
-    return recolor_loss + 0.1 * faded_loss + hole_loss + 10 * repaint_loss
+    around = F.interpolate(F.avg_pool2d(hole, 16), scale_factor=16.0)  # a scratch has few pixels, and matters as much
+    found_loss = F.binary_cross_entropy_with_logits(restoration.hole, hole, 1 + 3 * hole * (1 - around))
+    return found_loss + 10 * repaint_loss
+
+
+def color_loss(head: ColorHead, lesson: Mapping[str, Tensor]) -> Tensor:
+    """Teaches the colour head to say whether colours have faded and to mend them; see `color_lesson`.
+
+    L1 of the recoloured thumbnails outside the holes, and cross-entropy of whether they had faded. To take a good
+    photograph for an aged one counts four times: harm is worse than a photograph that stays as it is.
+    """
+    curves, faded = head(lesson["whole"], doubting=False)
+    recolored = (lesson["known"] * (recolor(lesson["whole"], curves) - lesson["original"]).abs()).mean()
+    weight = 1 + (1 - lesson["faded"]) * lesson["faded"].new_tensor((0, 3))
+    return recolored + 0.1 * F.binary_cross_entropy_with_logits(faded, lesson["faded"], weight)
 
 
 def pretrain_step(
-    generator: UNetGenerator, optimizer: Optimizer, batch: tuple, run: Run, precision: Precision
+    generator: UNetGenerator, optimizer: Optimizer, batch: tuple, lesson: Mapping, run: Run, precision: Precision
 ) -> dict[str, Tensor]:
-    """One update of the generator on L1 + 0.1 MSE + `heads_weight` x `heads_loss`; returns them one by one."""
+    """One update of the generator on L1 + 0.1 MSE + `heads_weight` x (`heads_loss` + `color_loss`).
+
+    Returns them one by one. The `lesson` is for the colour head.
+    """
     degraded, original, info = to_device(batch, run.device)
     with precision.forward(generator):
         restoration = generator.restore(degraded, info["whole"])
     losses = image_losses(restoration.restored, original)
     loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
     if run.settings.heads_weight and restoration.hole is not None:
-        losses["heads"] = heads_loss(restoration, original, info)
-        loss = loss + run.settings.heads_weight * losses["heads"]
+        losses["heads"] = heads_loss(restoration, original, info["hole"])
+        losses["color"] = color_loss(generator.color, {k: v.to(run.device) for k, v in lesson.items()})
+        loss = loss + run.settings.heads_weight * (losses["heads"] + losses["color"])
     precision.update(optimizer, loss)  # zero_grad(), backward(), step()
     return losses
 
@@ -2192,7 +2255,7 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
     validation_loader, samples = make_loader(validation, s.pretrain_batch, run.device), sample_batch(validation, run)
     optimizer, precision = adam(generator, s.pretrain_lr), Precision(run.device, s.mixed_precision)
     scheduler = StepLR(optimizer, s.pretrain_lr_step, s.lr_gamma)
-    average = average_of(generator, s.ema)  # what is validated and saved
+    average, originals = average_of(generator, s.ema), thumbnails(train)  # the average is validated and saved
     state = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
     state["scaler"] = precision.scaler
 
@@ -2204,8 +2267,9 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
                 print(f"pretrain: stopped early, no better validation loss for {counted(s.patience, 'epoch')}")
                 break
             means = Means(f"pretrain, epoch {epoch}", precision)
+            rng = np.random.default_rng(derive_seed(s.seed, "colour lessons", epoch))
             for batch in stage.batches():
-                losses = pretrain_step(generator, optimizer, batch, run, precision)
+                losses = pretrain_step(generator, optimizer, batch, color_lesson(originals, s, rng), run, precision)
                 average.update_parameters(generator)
                 means.add(losses, len(batch[0]))
             row, val = means.result(), validation_losses(average.module, validation_loader, run.device)

@@ -70,9 +70,12 @@ def batch():
     degraded, original = (torch.rand(2, 3, 256, 256, generator=generator) * 2 - 1 for _ in range(2))
     hole = torch.zeros(2, 1, 256, 256)
     hole[:, :, 50:90, 60:100] = 1
-    whole, faded = torch.nn.functional.avg_pool2d(degraded, 4), torch.tensor([0.0, 1.0])
-    return (
-        degraded,
-        original,
-        {"kind": ["occluded", "aged"], "name": ["a", "b"], "hole": hole, "whole": whole, "faded": faded},
-    )
+    whole = torch.nn.functional.avg_pool2d(degraded, 4)
+    return degraded, original, {"kind": ["occluded", "aged"], "name": ["a", "b"], "hole": hole, "whole": whole}
+
+
+@pytest.fixture
+def lesson():
+    """Thumbnails as the colour head gets them."""
+    originals = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    return ru.color_lesson(originals, TINY, np.random.default_rng(1))

@@ -117,7 +117,7 @@ SABOTAGES = (
              "only_trained_on"),
     Sabotage("mask of another place than the window", "Image.Resampling.BILINEAR, box))  # antialiased",
              'Image.Resampling.BILINEAR, box if image.mode == "RGB" else None))', "windows_show_the_same"),
-    Sabotage("in doubt, act", "else doubtless(torch.sigmoid(faded), 0.3, 0.6)", "else torch.sigmoid(faded)",
+    Sabotage("in doubt, act", "doubtless(probability, *doubt) if doubting else", "probability if doubting else",
              "only_when_it_is_sure"),
     Sabotage("damage drawn in another order", "    damage = draw_damage(image.shape, rng)\n    unit =",
              "    rng.random()\n    damage = draw_damage(image.shape, rng)\n    unit =", "exactly_what_the_hands"),

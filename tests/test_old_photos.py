@@ -86,8 +86,8 @@ def test_fading_lifts_blacks_dulls_whites_and_keeps_the_order_of_tones():
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
     for seed in range(20):
         faded = ru.fade(ramp, rng(seed), -1.0).astype(int)[0]
-        assert (np.diff(faded, axis=0) >= -1).all()
-        assert faded[0].max() <= 110 and faded[255].min() >= 60 and np.ptp(faded, axis=0).max() < 256
+        assert (np.diff(faded, axis=0) >= 0).all() and (faded[0] < 140).all() and (faded[255] > 120).all()
+        assert faded[0].max() > 10 or faded[255].min() < 245
         sepia = ru.fade(ramp, rng(seed), 1.0).astype(int)[0]
         assert (sepia[128:, 2] > sepia[128:, 0]).all()  # more red than blue
 
@@ -136,7 +136,7 @@ def test_windows_show_the_same_part_of_everything_and_the_whole_comes_along(face
         outside = (degraded - original).abs().amax(0)[info["hole"][0] == 0]
         assert outside.mean() < 0.05  # the mask is cut like the picture
         whole = torch.nn.functional.avg_pool2d(dataset[occluded][0], 4)
-        assert torch.allclose(info["whole"], whole) and info["faded"] == 0
+        assert torch.allclose(info["whole"], whole)
     clean = dataset[len(pairs)]
     assert torch.equal(clean[0], clean[1]) and clean[2]["kind"] == "clean" and clean[2]["hole"].max() == 0
 

@@ -50,35 +50,63 @@ def gradient_step(network, loss):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_heads(run, batch, weight):
+def test_pretrain_step_descends_l1_plus_a_tenth_of_mse_plus_the_heads(run, batch, lesson, weight):
     run = with_settings(run, heads_weight=weight)
     generator = ru.build_generator(run.settings)
     reference = copy.deepcopy(generator)
     restoration = reference.restore(batch[0], batch[2]["whole"])
     error = restoration.restored - batch[1]
-    heads = ru.heads_loss(restoration, batch[1], batch[2])
+    heads = ru.heads_loss(restoration, batch[1], batch[2]["hole"]) + ru.color_loss(reference.color, lesson)
     expected = gradient_step(reference, error.abs().mean() + 0.1 * error.pow(2).mean() + weight * heads)
     optimizer = torch.optim.SGD(generator.parameters(), 1.0)
     for parameter in generator.parameters():
         parameter.grad = torch.ones_like(parameter)  # must be cleared by the step
-    ru.pretrain_step(generator, optimizer, batch, run, FLOAT32)
+    ru.pretrain_step(generator, optimizer, batch, lesson, run, FLOAT32)
     assert all(torch.allclose(p, e, atol=1e-6) for p, e in zip(generator.parameters(), expected))
 
 
-def test_heads_loss_supervises_colour_outside_holes_detection_and_fill_inside(batch):
+def test_heads_loss_supervises_detection_everywhere_and_fill_inside_holes(batch):
     restoration = ru.build_generator(TINY).restore(batch[0], batch[2]["whole"])
     original, p, hole = batch[1], restoration.hole.sigmoid(), torch.zeros(2, 1, 256, 256)
     hole[:, :, 49:91, 59:101] = 1  # one pixel more than in the batch, whose corners are at 50 and 60
     batch[2]["hole"][:, :, 50, 60:100] = 0.2  # a fifth is touched,
     batch[2]["hole"][:, :, 20, 60:100] = 0.1  # a tenth is not
-    entropy = -(hole * p.log() + (1 - hole) * (1 - p).log()).mean()
+    share = np.kron(hole.numpy().reshape(2, 1, 16, 16, 16, 16).mean((3, 5)), np.ones((16, 16)))  # of 16 x 16 px
+    entropy = -((4 - 3 * torch.from_numpy(share)) * hole * p.log() + (1 - hole) * (1 - p).log()).mean()
     repaint = 10 * (hole * (restoration.repainted - original).abs()).sum() / original.numel()
-    small = [torch.nn.functional.avg_pool2d(image, 4) for image in (restoration.recolored, original, hole)]
-    recolor = ((small[2] == 0) * (small[0] - small[1]).abs()).sum() / small[0].numel()
-    q, truth = restoration.faded.sigmoid(), batch[2]["faded"]
-    faded = -0.1 * (truth * q.log() + (1 - truth) * (1 - q).log()).mean()
-    expected = entropy + repaint + recolor + faded
-    assert torch.isclose(ru.heads_loss(restoration, original, batch[2]), expected, atol=1e-5)
+    assert torch.isclose(ru.heads_loss(restoration, original, batch[2]["hole"]).double(), entropy + repaint, atol=1e-5)
+
+
+def test_color_loss_supervises_colours_outside_damage_and_fears_harm(lesson):
+    head = ru.ColorHead()
+    curves, logits = head(lesson["whole"], doubting=False)
+    error = (ru.recolor(lesson["whole"], curves) - lesson["original"]).abs() * lesson["known"]
+    q, truth = logits.sigmoid(), lesson["faded"]
+    entropy = -(truth * q.log() + torch.tensor((1, 4)) * (1 - truth) * (1 - q).log()).mean()
+    assert torch.isclose(ru.color_loss(head, lesson), error.mean() + 0.1 * entropy, atol=1e-6)
+
+
+def test_the_colour_head_learns_from_its_lessons_only(run, batch):
+    generator = ru.build_generator(run.settings)
+    generator.restore(batch[0], batch[2]["whole"]).restored.sum().backward()
+    assert all(parameter.grad is None for parameter in generator.color.parameters())
+
+
+def test_lessons_are_seeded_and_say_what_has_faded_and_where_there_is_damage():
+    originals = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None, None], 3, 3).repeat(64, 2)
+    originals[..., 0] = originals[..., 0].transpose(0, 2, 1)  # in colour
+    settings = dataclasses.replace(TINY, color_lessons=60)
+    lesson = ru.color_lesson(originals, settings, np.random.default_rng(0))
+    again = ru.color_lesson(originals, settings, np.random.default_rng(0))
+    assert all(torch.equal(lesson[name], again[name]) for name in lesson)
+    assert lesson["whole"].shape == lesson["original"].shape == (60, 3, 64, 64)
+    pale, aged = lesson["faded"].bool().T
+    damaged = (lesson["known"] == 0).flatten(1).any(1)
+    assert 5 < pale.sum() < 30 and 5 < aged.sum() < 30 and not (pale & aged).any() and not damaged[pale].any()
+    difference = ((lesson["whole"] - lesson["original"]).abs() * lesson["known"]).flatten(1).mean(1)
+    assert difference[~pale & ~aged].max() < 0.01 < difference[aged].min()
+    grey = (lesson["original"].std(1) == 0).flatten(1).all(1)
+    assert 2 < grey.sum() < aged.sum() and aged[grey].all()
 
 
 def test_discriminator_step_leaves_the_generator_alone_and_halves_the_sum(batch):
@@ -204,18 +232,18 @@ def precision_of(dtype, make=ru.Precision):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision_restores_and_learns_what_float32_does(run, dtype):
+def test_mixed_precision_restores_and_learns_what_float32_does(run, lesson, dtype):
     settings = dataclasses.replace(TINY, width=8, full_resolution_channels=8, discriminator_width=8)
     face = ru.draw_portrait(np.random.default_rng(0), 128)
     clean = torch.stack([ru.image_transform()(ru.to_pil(np.roll(face, shift, 1))) for shift in (0, 30, 60, 90)])
     degraded = (clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-    info, results = {"hole": torch.zeros(4, 1, 256, 256)}, []
+    info, results = {"hole": torch.zeros(4, 1, 256, 256), "whole": F.avg_pool2d(degraded, 4)}, []
     for precision, of_d in ((FLOAT32, FLOAT32), (precision_of(dtype), precision_of(dtype))):
         generator, discriminator = ru.build_generator(settings), ru.build_discriminator(settings)
         optimizers = [ru.adam(network, 1e-3) for network in (generator, discriminator)]
         this, losses = with_settings(run, width=8), []
         for _ in range(8):
-            losses.append(ru.pretrain_step(generator, optimizers[0], (degraded, clean, info), this, precision))
+            losses.append(ru.pretrain_step(generator, optimizers[0], (degraded, clean, info), lesson, this, precision))
         for _ in range(4):
             with precision.forward(generator):
                 restored = generator(degraded)

@@ -251,10 +251,12 @@ def our_steps(device: torch.device, mixed: bool) -> tuple[Callable, Callable]:
     pretraining, training = ru.adam(generator, 1e-3), ru.adam(generator, 1e-4, (0.5, 0.999))
     adam_d = ru.adam(discriminator, 2e-4, (0.5, 0.999))
     average, precision = ru.average_of(generator, SETTINGS.ema), [ru.Precision(device, mixed) for _ in range(2)]
+    originals = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
 
     def pretrain(batch: tuple) -> None:
         """Step 4."""
-        ru.pretrain_step(generator, pretraining, batch, run, precision[0])
+        lesson = ru.color_lesson(originals, SETTINGS, np.random.default_rng(0))
+        ru.pretrain_step(generator, pretraining, batch, lesson, run, precision[0])
         average.update_parameters(generator)
 
     def gan(batch: tuple) -> None:
@@ -277,7 +279,7 @@ def make_batch(size: int) -> tuple:
     degraded = (original + 0.1 * torch.randn(original.shape, generator=generator)).clamp(-1, 1)
     hole = torch.zeros(size, 1, 256, 256)
     hole[:, :, 50:90, 60:100] = 1
-    return degraded, original, {"hole": hole, "whole": F.avg_pool2d(degraded, 4), "faded": torch.ones(size)}
+    return degraded, original, {"hole": hole, "whole": F.avg_pool2d(degraded, 4)}
 
 
 def peaks(device: torch.device) -> dict[str, float]:
