@@ -1966,7 +1966,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.before: list[tuple[Tensor, Tensor]] = []  # the buffers of networks, and what they held
 
-    def forward(self, network: nn.Module) -> torch.autocast:
+    def autocast(self, network: nn.Module) -> torch.autocast:
         """The context for what the network computes forwards."""
         if self.scaler.is_enabled():
             self.before += [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -2225,7 +2225,7 @@ def pretrain_step(
     Returns them one by one. The `lesson` is for the colour head.
     """
     degraded, original, info = to_device(batch, run.device)
-    with precision.forward(generator):
+    with precision.autocast(generator):
         restoration = generator.restore(degraded, info["whole"])
     losses = image_losses(restoration.restored, original)
     loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
@@ -2240,6 +2240,11 @@ def pretrain_step(
 def best_epoch(history: Sequence[Mapping]) -> int:
     """The epoch with the lowest validation loss, the first of equals; 0 for an empty history."""
     return min(history, key=lambda row: row["val_loss"])["epoch"] if history else 0
+
+
+def stopped_early(history: Sequence[Mapping], settings: Settings) -> bool:
+    """Whether the pretraining ends here: the validation loss has not improved for `patience` epochs."""
+    return bool(history) and len(history) - best_epoch(history) >= settings.patience
 
 
 def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: list[Pair], run: Run) -> list[dict]:
@@ -2263,7 +2268,7 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
         stage = Stage("pretrain", s.pretrain_epochs, s.pretrain_batch, train, run, state)
         stage.go_on(best, GAN_ONLY)
         for epoch in stage.epochs():
-            if epoch - 1 - best_epoch(stage.history) >= s.patience:
+            if stopped_early(stage.history, s):
                 print(f"pretrain: stopped early, no better validation loss for {counted(s.patience, 'epoch')}")
                 break
             means = Means(f"pretrain, epoch {epoch}", precision)
@@ -2313,7 +2318,7 @@ def discriminator_step(
     would be pushed towards being found out.
     """
     degraded, restored, original = images
-    with precision.forward(discriminator):
+    with precision.autocast(discriminator):
         real = discriminator(degraded, original)
         fake = discriminator(degraded, restored.detach())
     losses = {"d_real": F.mse_loss(real, torch.ones_like(real)), "d_fake": F.mse_loss(fake, torch.zeros_like(fake))}
@@ -2332,7 +2337,7 @@ def generator_step(
     degraded, restored, original = images
     frozen = {name: value.detach() for name, value in discriminator.named_parameters()}
     frozen |= {name: value.clone() for name, value in discriminator.named_buffers()}
-    with precision.forward(discriminator):
+    with precision.autocast(discriminator):
         score = torch.func.functional_call(discriminator, frozen, (degraded, restored))
     losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restored, original)}
     precision.update(optimizer, losses["g_adv"] + l1_weight * losses["g_l1"])
@@ -2360,8 +2365,7 @@ def load_pretrained(generator: UNetGenerator, run: Run) -> str:
         print(f"The generator starts from {path.name}, epoch {content['epoch']} of the pretraining")
         found = find_artifact("pretrain_history.json", run)
         history = json.loads(found.read_text()) if found else []
-        stopped = len(history) - best_epoch(history) >= run.settings.patience
-        if history and len(history) < run.settings.pretrain_epochs and not stopped:
+        if history and len(history) < run.settings.pretrain_epochs and not stopped_early(history, run.settings):
             print(
                 "WARNING: the pretraining is not finished. Let 04 end first: with its later weights this cannot go on"
             )
@@ -2405,7 +2409,7 @@ def train_gan(
             for number, batch in enumerate(stage.batches()):
                 degraded, original, info = to_device(batch, run.device)
                 train_g = trains_generator(epoch, number, s)
-                with torch.set_grad_enabled(train_g), precision_g.forward(generator):
+                with torch.set_grad_enabled(train_g), precision_g.autocast(generator):
                     restored = generator(degraded, info["whole"])
                 rng = np.random.default_rng(derive_seed(s.seed, "shift", epoch, number))
                 images = shifted((degraded, restored, original), s.shift, rng)
@@ -2453,6 +2457,9 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
     return {"psnr": psnr, "ssim": torch.tensor(ssim).double(), "l1": error.abs().mean((1, 2, 3))}
 
 
+# When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `SURE`, at all sizes at which
+# it reaches between the two numbers of `REACH` px from its middle. Chosen by photographs that no training has seen.
+LIKELY, SURE, REACH = 0.4, 0.6, (0.4, 40)
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2535,35 +2542,37 @@ def _by_windows(photo: np.ndarray, look: Callable[[list], Tensor], channels: int
     return image
 
 
-def find_damage(levels: Sequence[np.ndarray], generator: UNetGenerator, curves: Tensor, bar: Any) -> np.ndarray:
-    """Where a photograph is physically damaged, uint8 (H, W), 255 there. `levels` are its sizes, RGB, its own the last.
+def damage_probabilities(photo: np.ndarray, generator: UNetGenerator, curves: Tensor, bar: Any) -> np.ndarray:
+    """How likely each pixel of a photograph, RGB uint8 (H, W, 3), is physically damaged: uint8 (H, W), 255 is sure."""
 
-    At every size the network gives each pixel a probability. A region of likely pixels counts as a whole: it is damage
-    if that is more likely than not, on average over its pixels and over the sizes that can tell, its own among them.
-    Those are the sizes at which it is neither a dot nor larger than what is around it in a window; they have to agree.
+    def look(places: list[tuple[int, int]]) -> Tensor:
+        windows = _to_tensor([_cut(photo, x, y) for x, y in places], curves.device)
+        return 255 * torch.sigmoid(generator.mend(recolor(windows, curves.expand(len(places), -1))).hole)
+
+    return _by_windows(photo, look, 1, bar)[..., 0]
+
+
+def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
+    """Where a photograph is damaged, uint8 (H, W), 255 there, from its `damage_probabilities` at several sizes.
+
+    A region of likely pixels counts as a whole: it is damage if that is more likely than not, on average over its
+    pixels and over the sizes that can tell, its own, the largest, among them. Those are the sizes at which it is
+    neither a dot nor larger than what is around it in a window; they have to agree.
     """
-    maps = []
-    for photo in levels:
-
-        def look(places: list[tuple[int, int]], photo: np.ndarray = photo) -> Tensor:
-            windows = _to_tensor([_cut(photo, x, y) for x, y in places], curves.device)
-            return 255 * torch.sigmoid(generator.mend(recolor(windows, curves.expand(len(places), -1))).hole)
-
-        maps.append(_by_windows(photo, look, 1, bar)[..., 0])
     mask = np.zeros_like(maps[-1])
     for number, own in enumerate(maps):
-        likely = (own > 0.4 * 255).astype(np.uint8)
+        likely = (own > LIKELY * 255).astype(np.uint8)
         count, labels, stats, _ = cv2.connectedComponentsWithStats(likely)
         inside = cv2.distanceTransform(likely, cv2.DIST_L1, 3, dstType=cv2.CV_8U)
         radius, score, judges, ours = np.zeros((4, count))
         np.maximum.at(radius, labels[likely > 0], inside[likely > 0])
         for n, other in enumerate(maps):
             reach = radius * max(other.shape) / max(own.shape)  # px at that size
-            tells = (reach > 0.4) & (reach < 40) | (n == 0) & (reach >= 40)
+            tells = (reach > REACH[0]) & (reach < REACH[1]) | (n == 0) & (reach >= REACH[1])
             values = cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA)
             score += tells * sum(np.bincount(row, value, count) for row, value in zip(labels, values))
             judges, ours = judges + tells, tells if n == number else ours
-        accepted = (ours > 0) & (score > 0.6 * 255 * judges * stats[:, cv2.CC_STAT_AREA])
+        accepted = (ours > 0) & (score > SURE * 255 * judges * stats[:, cv2.CC_STAT_AREA])
         accepted[0] = False
         found = cv2.resize(np.uint8(255) * accepted[labels], mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
         mask = cv2.max(mask, cv2.threshold(found, 127, 255, cv2.THRESH_BINARY)[1])
@@ -2649,7 +2658,7 @@ def restore_photo(
             tones = [values.mean(1, keepdim=True).expand(-1, 3) for values in curves[:, :9].split(3, 1)]
             curves = torch.cat([*tones, curves[:, 9:]], 1)
         if mask is None:
-            damage = find_damage(levels, generator, curves, bar)
+            damage = agreed_damage([damage_probabilities(level, generator, curves, bar) for level in levels])
         else:
             damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]
         coarser = None

@@ -245,7 +245,7 @@ def test_mixed_precision_restores_and_learns_what_float32_does(run, lesson, dtyp
         for _ in range(8):
             losses.append(ru.pretrain_step(generator, optimizers[0], (degraded, clean, info), lesson, this, precision))
         for _ in range(4):
-            with precision.forward(generator):
+            with precision.autocast(generator):
                 restored = generator(degraded)
             assert restored.dtype == torch.float32
             step = ru.discriminator_step(discriminator, optimizers[1], (degraded, restored, clean), of_d)
@@ -275,9 +275,9 @@ def test_a_forward_pass_that_overflows_leaves_batch_norm_as_it_was():
     optimizer = torch.optim.SGD(network.parameters(), 1e-3)
     for factor, same_as_before in ((1, False), (1e6, True), (1, False)):
         before = copy.deepcopy(network.state_dict())
-        with torch.no_grad(), precision.forward(network):  # a batch that only the discriminator learns from
+        with torch.no_grad(), precision.autocast(network):  # a batch that only the discriminator learns from
             network(factor * torch.rand(2, 3, 8, 8))
-        with precision.forward(network):
+        with precision.autocast(network):
             loss = network(factor * torch.rand(2, 3, 8, 8)).float().sum()
         precision.update(optimizer, loss)
         after = network.state_dict()

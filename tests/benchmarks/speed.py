@@ -262,7 +262,7 @@ def our_steps(device: torch.device, mixed: bool) -> tuple[Callable, Callable]:
     def gan(batch: tuple) -> None:
         """Step 5."""
         degraded, original, info = ru.to_device(batch, device)
-        with precision[0].forward(generator):
+        with precision[0].autocast(generator):
             restored = generator(degraded, info["whole"])
         images = ru.shifted((degraded, restored, original), SETTINGS.shift, np.random.default_rng(0))
         ru.discriminator_step(discriminator, adam_d, images, precision[1])
