@@ -500,7 +500,9 @@ def _is_incomplete_jpeg(content: bytes, image: Image.Image) -> bool:
         other = np.random.default_rng(0).integers(0, 255, 4096, dtype=np.uint8).tobytes()
         start = start.rstrip(b"\xff")  # with what follows it would be a marker
         with Image.open(io.BytesIO(start + other + b"\xff\xd9")) as changed:
-            return changed.tobytes() != image.tobytes()
+            changed.load()
+            bands = [(0, top, image.width, min(top + 256, image.height)) for top in range(0, image.height, 256)]
+            return any(changed.crop(band).tobytes() != image.crop(band).tobytes() for band in bands)  # saves memory
 
     return is_changed(content[:end]) or (end - begin > 64 and not is_changed(content[: end - 32]))
 
@@ -2561,20 +2563,22 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
     """
     mask = np.zeros_like(maps[-1])
     for number, own in enumerate(maps):
-        likely = (own > LIKELY * 255).astype(np.uint8)
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(likely)
-        inside = cv2.distanceTransform(likely, cv2.DIST_L1, 3, dstType=cv2.CV_8U)
-        radius, score, judges, ours = np.zeros((4, count))
-        np.maximum.at(radius, labels[likely > 0], inside[likely > 0])
+        found = (own > LIKELY * 255).astype(np.uint8)
+        where = np.flatnonzero(found)
+        region = cv2.connectedComponents(found)[1].ravel()[where]  # of every likely pixel, from 1 on
+        count = 1 + region.max(initial=0)
+        area, (radius, score, judges, ours) = np.bincount(region, minlength=count), np.zeros((4, count))
+        inside = cv2.distanceTransform(found, cv2.DIST_L1, 3, dstType=cv2.CV_8U)
+        np.maximum.at(radius, region, inside.ravel()[where])
         for n, other in enumerate(maps):
             reach = radius * max(other.shape) / max(own.shape)  # px at that size
             tells = (reach > REACH[0]) & (reach < REACH[1]) | (n == 0) & (reach >= REACH[1])
-            values = cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA)
-            score += tells * sum(np.bincount(row, value, count) for row, value in zip(labels, values))
+            values = cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA).ravel()[where]
+            score += tells * np.bincount(region, values, count)
             judges, ours = judges + tells, tells if n == number else ours
-        accepted = (ours > 0) & (score > SURE * 255 * judges * stats[:, cv2.CC_STAT_AREA])
-        accepted[0] = False
-        found = cv2.resize(np.uint8(255) * accepted[labels], mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        accepted = (ours > 0) & (score > SURE * 255 * judges * area)
+        found.ravel()[where] = 255 * accepted[region]
+        found = cv2.resize(found, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
         mask = cv2.max(mask, cv2.threshold(found, 127, 255, cv2.THRESH_BINARY)[1])
     return cv2.dilate(mask, np.ones((3, 3), np.uint8))
 
@@ -2645,12 +2649,14 @@ def restore_photo(
         return _restore_plainly(photo, generator, sizes[0])
     if mask is None and not fill:
         mask = np.zeros(photo.shape[:2], np.uint8)
-    picture = without_tint(to_pil(photo))
+    picture = to_pil(photo)
+    del photo  # a large one takes much memory
+    picture = without_tint(picture)
     levels = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) for size in sizes[:-1]]
     levels.append(np.asarray(picture))
     is_grey = bool((levels[0] == levels[0][..., :1]).all())
     whole = np.asarray(picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR))
-    del picture, photo  # a large one takes much memory
+    del picture
     windows = sum(len(window_starts(w)) * len(window_starts(h)) for w, h in sizes)
     with evaluating(generator), progress("restoring", windows * (1 if mask is not None else 2), "window") as bar:
         curves = generator.color(F.avg_pool2d(_to_tensor([whole], next(generator.parameters()).device), 4))[0]

@@ -165,9 +165,10 @@ def test_scenes_and_undamaged_pairs_are_only_trained_on(faces, places):
     faces = faces._replace(scenes=ru.draw_pictures("scene", 2, settings, places))
     splits = ru.split_pairs(ru.prepare_pairs(faces, places, settings), settings)
     for train, validation in (splits[:2], splits[2:]):
-        assert sum(pair.is_scene for pair in train) == 2 * 5 and not any(pair.is_scene for pair in validation)
+        assert sum(pair.is_scene for pair in train) == 2 * 6 and not any(pair.is_scene for pair in validation)
         kinds = [pair.kind for pair in train]
-        assert {kinds.count(kind) for kind in (*ru.KINDS, "clean")} == {len(train) // 5}
+        shares = {kind: 6 * kinds.count(kind) / len(train) for kind in (*ru.KINDS, "clean")}
+        assert shares == dict.fromkeys(("noisy", "color", "occluded", "clean"), 1) | {"aged": 2}
         assert "clean" not in {pair.kind for pair in validation}
 
 
