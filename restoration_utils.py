@@ -57,12 +57,9 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, random_split
 from torchvision import transforms
-from torchvision.transforms.functional import rgb_to_grayscale
 from torchvision.utils import save_image
 
-# ======================================================================================================================
-# Settings and places
-# ======================================================================================================================
+# ====== Settings and places ===========================================================================================
 
 IMAGE_SIZE = 256  # px, what the networks see: eight halvings take it to 1
 KINDS = ("noisy", "color", "occluded", "aged")  # of degradation; their files end in _noisy.jpg and so on
@@ -79,7 +76,6 @@ class Settings:
     max_faces: int | None = None  # use only the first so many originals of the folder; None: all
     portraits: int = 400  # synthetic portraits to draw where there is no folder of faces
     portrait_size: int = 1024  # px
-
     scenes: int = 400  # synthetic pictures without faces, to train on beside them
 
     # step 1, degradation
@@ -99,7 +95,7 @@ class Settings:
     gan_batch: int = 4
     flip: float = 0.5  # probability of mirroring a training pair
     windows: int = 3  # of 256 px, cut from every original at random sizes; half of the training pairs, if there are any
-    undamaged: bool = True  # train on undamaged pairs, too, as many as of every kind
+    undamaged: bool = True  # train on undamaged pairs, too, as many as of every kind but aged, which counts twice
 
     # step 3, models
     width: int = 64  # channels of the generator's first layer; the widest have 8 times as many
@@ -136,18 +132,17 @@ class Settings:
     checkpoint_every: int = 10  # epochs
 
 
-NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16, "checkpoint_every": 1}
+NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16}
+QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 6, "gan_epochs": 2}
 TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
 FULL = Settings()
 PROFILES = {
     "full": FULL,
-    "quick": Settings(
-        "quick", max_faces=200, portraits=200, portrait_size=512, scenes=40, pretrain_epochs=6, gan_epochs=2, **NARROW
-    ),
+    "quick": Settings("quick", max_faces=200, portraits=200, portrait_size=512, scenes=40, **QUICK),
     "smoke": Settings("smoke", max_faces=12, portraits=12, portrait_size=128, scenes=2, windows=1, **TINY),
 }
 # The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew, the pair as it is.
-PLAIN = {"plain": True, "heads_weight": 0.0, "color_lessons": 1, "ema": 0.0, "shift": 0}
+PLAIN = {"plain": True, "heads_weight": 0.0, "color_lessons": 0, "ema": 0.0, "shift": 0}
 PLAIN |= {"kinds": KINDS[:3], "scenes": 0, "windows": 0, "undamaged": False}
 VARIABLES = tuple(f"RESTORATION_{name}" for name in ("PROFILE", "PLAIN", "STRICT", "FACES"))
 
@@ -163,8 +158,7 @@ def is_on(variable: str) -> bool:
 def choose_settings(device: torch.device) -> Settings:
     """The profile of RESTORATION_PROFILE, else `full` on a GPU and `quick` on a CPU; RESTORATION_PLAIN=1: see PLAIN.
 
-    ValueError for a profile, or a variable that begins with RESTORATION_, that is none of ours: misspelt, it would be
-    ignored in silence.
+    ValueError for another profile, or another variable RESTORATION_*: misspelt, it would be ignored in silence.
     """
     if unknown := {name for name in os.environ if name.startswith("RESTORATION_")} - set(VARIABLES):
         raise ValueError(f"no such variable: {', '.join(sorted(unknown))}; there are {', '.join(VARIABLES)}")
@@ -189,10 +183,7 @@ def given_path(text: str) -> Path:
 
 
 def find_places() -> Places:
-    """Kaggle: /kaggle/working. Elsewhere: outputs/ beside this module. OUTPUT_DIR overrides both.
-
-    Kaggle's folder may also lie above the notebook or this module. OSError if nothing can be written there.
-    """
+    """OUTPUT_DIR, else /kaggle/working on Kaggle, else outputs/ beside this module. OSError if it cannot be written."""
     above = [parent for begin in (Path.cwd(), Path(__file__).resolve()) for parent in (begin, *begin.parents)]
     candidates = [Path("/kaggle"), *(folder for folder in above if folder.name == "kaggle")]
     kaggle = next((c for c in candidates if (c / "input").is_dir() and (c / "working").is_dir()), None)
@@ -210,15 +201,12 @@ def find_places() -> Places:
 
 
 def choose_device() -> torch.device:
-    """CUDA if one convolution really runs on it, otherwise the CPU, with the reason.
-
-    A P100 answers `is_available()` and then fails: current PyTorch builds hold no kernels for it.
-    """
+    """CUDA if one convolution really runs on it, otherwise the CPU, with the reason."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     try:
         F.conv2d(torch.ones(1, 1, 4, 4, device="cuda"), torch.ones(1, 1, 3, 3, device="cuda")).sum().item()
-    except RuntimeError as error:
+    except RuntimeError as error:  # a P100 answers is_available(), but current PyTorch builds hold no kernels for it
         name, reason = torch.cuda.get_device_name(), str(error).splitlines()[0]
         print(f"The GPU ({name}) cannot run this PyTorch ({reason}); using the CPU. On Kaggle choose 'GPU T4 x2'.")
         return torch.device("cpu")
@@ -237,16 +225,12 @@ def keep_freed_memory() -> None:
 
 def in_notebook() -> bool:
     """Whether this runs in a kernel."""
-    return hasattr(sys.modules.get("IPython"), "get_ipython") and hasattr(
-        sys.modules["IPython"].get_ipython(), "kernel"
-    )
+    ipython = sys.modules.get("IPython")
+    return hasattr(ipython, "get_ipython") and hasattr(ipython.get_ipython(), "kernel")
 
 
 def start() -> tuple[Settings, Places, torch.device]:
-    """What every notebook's setup cell calls: settings, places and device, and one line that names them.
-
-    Also for the whole process: figures as JPEG in a notebook, no warnings about pictures' metadata, freed memory kept.
-    """
+    """What every notebook's setup cell calls: settings, places and device, and one line that names them."""
     if in_notebook():  # as PNG, the many photographs would make notebooks of several megabytes
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -265,18 +249,13 @@ def start() -> tuple[Settings, Places, torch.device]:
 
 
 def check(claim: str, holds: bool, settings: Settings) -> None:
-    """Says whether what a notebook's prose promises held in this run.
-
-    With RESTORATION_STRICT=1 a broken promise is an AssertionError, except in `smoke`, which is too short to learn.
-    """
-    if is_on("RESTORATION_STRICT") and settings.profile != "smoke" and not holds:
+    """Says whether what a notebook's prose promises held in this run. If not, AssertionError in strict runs."""
+    if is_on("RESTORATION_STRICT") and settings.profile != "smoke" and not holds:  # smoke is too short to learn
         raise AssertionError(f"does not hold in this run: {claim}")
     print(f"holds: {claim}" if holds else f"DOES NOT HOLD in this run (profile {settings.profile}): {claim}")
 
 
-# ======================================================================================================================
-# Files
-# ======================================================================================================================
+# ====== Files =========================================================================================================
 
 PARTIAL = ".partial-"  # how the names of files begin that are not yet whole
 
@@ -307,20 +286,18 @@ def counted(number: int, noun: str) -> str:
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to, and renames it when that succeeded.
 
-    Whoever reads `path` finds the old file or the whole new one, never half of it. The suffix is kept, since
-    savefig chooses the format by it. OSError, naming `path` and the room that is left, if it cannot be written.
+    Whoever reads `path` finds the old file or the whole new one, never half of it. OSError if it cannot be written.
     """
-    temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
+    temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")  # savefig chooses the format by the suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
         room = next(shutil.disk_usage(p).free for p in path.parents if p.is_dir())
-        raise OSError(
-            f"{path} could not be written ({error.strerror or error}; {room / 1e6:.0f} MB are free there). What was "
-            "there before is kept: mend that, and run this again"
-        ) from error
+        reason = f"{error.strerror or error}; {room / 1e6:.0f} MB are free there"
+        remedy = "What was there before is kept: mend that, and run this again"
+        raise OSError(f"{path} could not be written ({reason}). {remedy}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -330,8 +307,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def alone_in(folder: Path) -> Iterator[None]:
     """Only one run at a time gets into this block with a folder; leftovers of a killed one are swept out first.
 
-    The lock is the operating system's and ends with its holder, however that dies. RuntimeError if another run has it,
-    OSError if the folder's file system has none.
+    The operating system's lock ends with its holder. RuntimeError if another run has it, OSError where there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -357,16 +333,14 @@ def copy_file(source: Path, destination: Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes `content` as JSON, atomically."""
+    """Writes `content` as JSON, atomically; what is not finite becomes null, for which JSON has a word."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(finite, indent=1), encoding="utf-8")
 
 
 class CellLine(io.TextIOBase):
-    """A stream for tqdm that shows its newest line in the notebook cell, replacing the one before.
-
-    Plain tqdm writes to stderr, and its widget needs ipywidgets; either leaves debris in a saved notebook.
-    """
+    """tqdm's newest line, shown in the notebook cell: its own stderr or widgets leave debris in a saved notebook."""
 
     def __init__(self) -> None:
         from IPython.display import display
@@ -384,10 +358,9 @@ def progress(label: str, total: int, unit: str, initial: int = 0):
     """A tqdm bar: one line in a notebook cell, a live bar on a terminal, nothing in a log file or without stderr."""
     from tqdm import tqdm
 
+    options = {"disable": sys.stderr is None or not sys.stderr.isatty()}
     if in_notebook():
         options = {"file": CellLine(), "ascii": " -#"}
-    else:
-        options = {"disable": sys.stderr is None or not sys.stderr.isatty()}
     return tqdm(desc=label, total=total, unit=unit, initial=initial, mininterval=0.5, **options)
 
 
@@ -517,8 +490,7 @@ def without_tint(image: Image.Image) -> Image.Image:
 
     In one tone, colours depend on the brightness only: at 256 px, where grain is gone, R - G and B - G of 95 % of the
     pixels are within 5 levels of the median at their brightness (more, if the tone is strong), and hardly any far from
-    it: painted cheeks are colour. With less than a fifth
-    of all brightnesses nobody can say: a blue wall is no blue print.
+    it: painted cheeks are colour. With under a fifth of all brightnesses nobody can say: a blue wall is no blue print.
     """
     small = image.resize((min(IMAGE_SIZE, image.width), min(IMAGE_SIZE, image.height)), Image.Resampling.BOX)
     brightness = np.asarray(small.convert("L")).ravel() // 8
@@ -536,18 +508,13 @@ def without_tint(image: Image.Image) -> Image.Image:
 
 
 def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality, comment: str = "") -> None:
-    """Writes uint8 BGR (H, W, 3) atomically; a .jpg with the given quality, full colour resolution (4:4:4), a comment.
-
-    What `cv2.imwrite` does, but that one cannot open a path on Windows that is not ASCII.
-    """
-    path = Path(path)
+    """Writes uint8 BGR (H, W, 3) atomically; a .jpg with this quality, full colour resolution (4:4:4) and comment."""
+    path, done = Path(path), False
     suffix = ".jpg" if path.suffix.lower() in JPEG_SUFFIXES else path.suffix
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
     options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    try:
+    with contextlib.suppress(cv2.error):  # not imwrite: on Windows, it opens no path that is not ASCII
         done, content = cv2.imencode(suffix, image, options if suffix == ".jpg" else [])
-    except cv2.error:
-        done = False
     if not done:
         raise ValueError(f"{path}: OpenCV cannot write {image.shape[1]} x {image.shape[0]} px as {path.suffix}")
     content = content.tobytes()
@@ -557,9 +524,7 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpe
         temporary.write_bytes(content)
 
 
-# ======================================================================================================================
-# Faces
-# ======================================================================================================================
+# ====== Faces =========================================================================================================
 
 
 class Faces(NamedTuple):
@@ -577,25 +542,8 @@ class Faces(NamedTuple):
         return [self.folder / name for name in self.names]
 
 
-def _why_not(path: Path, name: str, stems: set[str]) -> str:
-    """Why a file of a folder of faces is not used; empty if it is, or is no picture at all."""
-    suffix = path.suffix.lower()
-    if suffix in UNREAD_SUFFIXES or suffix in IMAGE_SUFFIXES - Image.registered_extensions().keys():
-        return f"{suffix} is not read here; convert it to JPEG"
-    if suffix in IMAGE_SUFFIXES and not path.is_file():
-        return "not a file"  # a pipe would be waited for, a broken link leads nowhere
-    if suffix in IMAGE_SUFFIXES and name.encode(errors="ignore").decode() != name:
-        return "its name is not Unicode; rename it"
-    stem, _, kind = path.stem.rpartition("_")
-    is_copy = suffix in IMAGE_SUFFIXES and kind in KINDS and stem in stems
-    return f"taken for a degraded copy of {stem}; rename it if it is none" if is_copy else ""
-
-
 def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """All pictures below `folder` as sorted relative paths, and what was left out with the reason.
-
-    Hidden files and folders of degraded images are no pictures; links to folders are not followed.
-    """
+    """All pictures below `folder`, but for hidden files, as sorted relative paths; what was left out, and why."""
     found, left_out = [], {}
 
     def leave_out(path: str | Path, reason: str) -> None:
@@ -608,10 +556,19 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
         visible = [Path(parent, name) for name in names if not name.startswith(".")]
         stems = {path.stem for path in visible if path.suffix.lower() in IMAGE_SUFFIXES}
         for path in visible:
-            name = path.relative_to(folder).as_posix()
-            if reason := _why_not(path, name, stems):
-                leave_out(path, reason)
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
+            name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
+            stem, _, kind = path.stem.rpartition("_")
+            if suffix in UNREAD_SUFFIXES or suffix in IMAGE_SUFFIXES - Image.registered_extensions().keys():
+                leave_out(path, f"{suffix} is not read here; convert it to JPEG")
+            elif suffix not in IMAGE_SUFFIXES:
+                continue  # no picture
+            elif not path.is_file():
+                leave_out(path, "not a file")  # a pipe would be waited for, a broken link leads nowhere
+            elif name.encode(errors="ignore").decode() != name:
+                leave_out(path, "its name is not Unicode; rename it")
+            elif kind in KINDS and stem in stems:
+                leave_out(path, f"taken for a degraded copy of {stem}; rename it if it is none")
+            else:
                 found.append(name)
     return sorted(found), left_out
 
@@ -662,8 +619,7 @@ def _faces_folder(settings: Settings, places: Places) -> tuple[Path, str]:
 def find_faces(settings: Settings, places: Places) -> Faces:
     """FACES_DIR, else Kaggle's fakefaces, else (RESTORATION_FACES=kaggle) its download, else synthetic portraits.
 
-    Says what was left out of the folder. Raises FileNotFoundError if it holds no pictures, ValueError if it is the
-    folder of the outputs.
+    FileNotFoundError if there are no pictures, ValueError if faces and outputs are in the same folder.
     """
     folder, source = _faces_folder(settings, places)
     names, left_out = list_images(folder)
@@ -682,9 +638,7 @@ def find_faces(settings: Settings, places: Places) -> Faces:
     return Faces(folder, source, used, left_out, draw_pictures("scene", settings.scenes, settings, places))
 
 
-# ======================================================================================================================
-# Degradation
-# ======================================================================================================================
+# ====== Degradation ===================================================================================================
 
 
 def add_gaussian_noise(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
@@ -758,9 +712,7 @@ def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Set
     return mask
 
 
-# ======================================================================================================================
-# Ageing
-# ======================================================================================================================
+# ====== Ageing ========================================================================================================
 
 # What fifty years do to a print, in the order in which they do it. Lengths are in thousandths of the shorter side, so a
 # photograph ages alike at every size. The list of faults follows Wan et al. 2020 (old photos brought back to life), the
@@ -808,10 +760,9 @@ def _draw_scratches(canvas: np.ndarray, rng: np.random.Generator, unit: float) -
         line = jagged_line(begin, begin + reach, rng, rng.choice((0.003, 0.02)))
         opacity, thickness = rng.uniform(0.4, 1), rng.uniform(0.6, 2.6) * unit
         cuts = np.sort(rng.integers(0, len(line), 2 * rng.integers(1, 3)))
-        pieces = [line] if rng.random() < 0.5 else [line[a : b + 1] for a, b in zip(cuts[::2], cuts[1::2])]
+        pieces = [line] if rng.random() < 0.5 else [line[a : b + 1] for a, b in zip(cuts[::2], cuts[1::2]) if a < b]
         for piece in pieces:
-            if len(piece) > 1:
-                _draw_line(canvas, piece, opacity, thickness)
+            _draw_line(canvas, piece, opacity, thickness)
 
 
 def _draw_cracks(light: np.ndarray, dark: np.ndarray, rng: np.random.Generator, unit: float) -> None:
@@ -834,11 +785,9 @@ def _draw_cracks(light: np.ndarray, dark: np.ndarray, rng: np.random.Generator, 
         across = (end - begin)[::-1] * (-1, 1) / np.linalg.norm(end - begin)
         flank = rng.choice((-1, 1)) * (thickness / 2 + 0.8 * unit) * across
         _draw_line(dark, line + flank, rng.uniform(0.1, 0.6), 0.7 * thickness)
-        opacity, gone = rng.uniform(0.55, 1), rng.random(4) < 0.15  # in places the emulsion holds
-        for quarter in range(4):
-            piece = line[16 * quarter : 16 * quarter + 17]
-            if not gone[quarter]:
-                _draw_line(light, piece, opacity, thickness * rng.uniform(0.5, 1.3))
+        opacity, quarters = rng.uniform(0.55, 1), np.flatnonzero(rng.random(4) >= 0.15)  # in places the emulsion holds
+        for first in 16 * quarters:
+            _draw_line(light, line[first : first + 17], opacity, thickness * rng.uniform(0.5, 1.3))
         for _ in range(rng.integers(0, branches + 1)):
             root, turn = line[rng.integers(8, 56)], rng.choice((-1, 1)) * rng.uniform(0.4, 1.2)
             along = (end - begin) * rng.uniform(0.15, 0.45)
@@ -851,49 +800,37 @@ def _draw_dust(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> Non
     size = np.array(canvas.shape[::-1])
     count = int(np.exp(rng.uniform(math.log(5), math.log(250))))
     places, radii = rng.uniform(0, 1, (count, 2)) * size, rng.exponential(1.0, count).clip(0.4, 4) * unit
-    for place, radius, opacity, flat, turn in zip(
-        places, radii, rng.uniform(0.4, 1, count), rng.uniform(0.4, 1, count), rng.uniform(0, 180, count)
-    ):
+    opacities, flats, turns = (rng.uniform(*limits, count) for limits in ((0.4, 1), (0.4, 1), (0, 180)))
+    for place, radius, opacity, flat, turn in zip(places, radii, opacities, flats, turns):
         axes = np.maximum(np.rint(16 * radius * np.array((1, flat))), 8).astype(int).tolist()
         strength = int(255 * opacity * min(1, max(radius, 0.5)))
         cv2.ellipse(canvas, np.rint(16 * place).astype(int).tolist(), axes, turn, 0, 360, strength, -1, cv2.LINE_AA, 4)
     for _ in range(rng.integers(0, 5)):
         begin, angle = rng.uniform(0, 1, 2) * size, rng.uniform(0, 2 * math.pi)
         reach = np.array((math.cos(angle), math.sin(angle))) * rng.uniform(15, 90) * unit
-        _draw_line(
-            canvas, jagged_line(begin, begin + reach, rng, 0.15), rng.uniform(0.4, 0.9), rng.uniform(0.5, 1.5) * unit
-        )
+        hair = jagged_line(begin, begin + reach, rng, 0.15)
+        _draw_line(canvas, hair, rng.uniform(0.4, 0.9), rng.uniform(0.5, 1.5) * unit)
 
 
 def _draw_tears(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> None:
     """Torn corners, worn edges, and pieces of the emulsion that came off."""
-    width, height = canvas.shape[::-1]
-    corners = np.array(((0, 0), (width, 0), (width, height), (0, height)), np.float64)
-    for number in range(4):
-        here, after = corners[number], corners[(number + 1) % 4]
-        before = corners[number - 1]
+    size, outlines = np.array(canvas.shape[::-1]), []
+    corners = np.array(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0))) * size
+    for before, here, after in zip(np.roll(corners, 1, 0), corners, np.roll(corners, -1, 0)):
+        inwards, along = ((to - here) / np.linalg.norm(to - here) for to in (before, after))
         if rng.random() < 0.4:  # a corner
-            lengths = rng.uniform(20, 160, 2) * unit
-            first, last = (
-                here + (to - here) / np.linalg.norm(to - here) * d for to, d in zip((before, after), lengths)
-            )
-            cv2.fillPoly(
-                canvas,
-                [np.rint(16 * np.vstack((here, jagged_line(first, last, rng, 0.15)))).astype(np.int32)],
-                255,
-                cv2.LINE_AA,
-                4,
-            )
+            first, last = rng.uniform(20, 160, 2) * unit
+            outlines.append(np.vstack((here, jagged_line(here + inwards * first, here + along * last, rng, 0.15))))
         if rng.random() < 0.3:  # an edge
-            inwards = (corners[number - 1] - here) / np.linalg.norm(corners[number - 1] - here)
             line = jagged_line(here, after, rng, 0.004) + inwards * rng.uniform(1, 14) * unit
-            cv2.fillPoly(canvas, [np.rint(16 * np.vstack((here, line, after))).astype(np.int32)], 255, cv2.LINE_AA, 4)
+            outlines.append(np.vstack((here, line, after)))
     for _ in range(rng.integers(0, 4)):  # emulsion
-        centre, radius = rng.uniform(0, 1, 2) * (width, height), rng.uniform(4, 40) * unit
+        centre, radius = rng.uniform(0, 1, 2) * size, rng.uniform(4, 40) * unit
         angles = np.sort(rng.uniform(0, 2 * math.pi, 9))
         ring = centre + radius * rng.uniform(0.4, 1, (9, 1)) * np.stack((np.cos(angles), np.sin(angles)), 1)
-        ring = np.vstack([jagged_line(a, b, rng, 0.12)[:-1] for a, b in zip(ring, np.roll(ring, -1, 0))])
-        cv2.fillPoly(canvas, [np.rint(16 * ring).astype(np.int32)], 255, cv2.LINE_AA, 4)
+        outlines.append(np.vstack([jagged_line(a, b, rng, 0.12)[:-1] for a, b in zip(ring, np.roll(ring, -1, 0))]))
+    for outline in outlines:
+        cv2.fillPoly(canvas, [np.rint(16 * outline).astype(np.int32)], 255, cv2.LINE_AA, 4)
 
 
 def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> Damage:
@@ -939,28 +876,25 @@ def fade(image: np.ndarray, rng: np.random.Generator, tone: float) -> np.ndarray
 
     uint8 BGR (H, W, 3) in and out. What holds the colour is a density D, which light passes as 10 ** -D (Beer's law),
     2 in the blacks of a print. Of that each dye keeps a share of its own (Wilhelm 1993), and the paper gains some: so
-    blacks get lighter, contrast and colours go, whites get dull. With a `tone` from 0 (neutral) to 1 (sepia), the image
-    is grey, of one substance, and turns brown so far; -1: it is in colour.
+    blacks get lighter, contrast and colours go, whites get dull. With a `tone` from 0 to 1 (sepia), the image is grey,
+    its dyes are one substance, silver, and turn brown so far; -1: it is in colour.
     """
     severity = rng.uniform(0.4, 1)
-    kept = 1 - severity * (rng.uniform(0.2, 0.8) + rng.uniform(-0.25, 0.25, 3))
+    kept = (1 - severity * (rng.uniform(0.2, 0.8) + rng.uniform(-0.25, 0.25, 3))).clip(0.35, 1)
     stain = severity * (rng.uniform(0, 0.2) + rng.uniform(0, 0.3) * np.array((1, 0.4, 0.1)))  # of the paper: yellow
     if tone >= 0:
         kept, stain = kept.mean() * (1 + tone * np.array((0.2, 0, -0.15))), stain + tone * np.array((0.15, 0.05, 0))
     black = 0.01  # of the light, comes back where D is 2
     light = black + (1 - black) * (np.arange(256)[:, None] / 255) ** 2.2  # (256, 1), of linear light
-    light = light ** kept.clip(0.35) * 10**-stain  # (256, 3)
+    light = light**kept * 10**-stain  # (256, 3)
     curves = ((light - black) / (1 - black)).clip(0, 1) ** (1 / 2.2)
     return cv2.LUT(image, np.rint(255 * curves).astype(np.uint8)[None])
 
 
 def uneven_light(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """How much of its light a print has kept, float32 (H, W): paler patches, darker or lighter edges, stains."""
-    field = np.ones((48, 48), np.float32)
-    severity = rng.uniform(0, 1)
-    field += (
-        0.08 * severity * cv2.resize(rng.standard_normal((4, 4), np.float32), (48, 48), interpolation=cv2.INTER_CUBIC)
-    )
+    severity, clouds = rng.uniform(0, 1), rng.standard_normal((4, 4), np.float32)
+    field = 1 + 0.08 * severity * cv2.resize(clouds, (48, 48), interpolation=cv2.INTER_CUBIC)
     y, x = np.mgrid[-1:1:48j, -1:1:48j].astype(np.float32)
     field += severity * rng.uniform(-0.25, 0.15) * np.maximum(np.abs(x), np.abs(y)) ** rng.uniform(3, 8)
     field = cv2.resize(field, shape[1::-1], interpolation=cv2.INTER_LINEAR)
@@ -979,11 +913,15 @@ def uneven_light(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
 
 
 def film_grain(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Grain in luminance, in grey levels, float32 (H, W): of about 1 to 14 levels, its clumps of 1 to 2.5 pixels."""
-    size, strength = rng.uniform(1, 2.5), np.exp(rng.uniform(math.log(1.5), math.log(14)))
+    """Grain in luminance, in grey levels, float32 (H, W): of about 1 to 14 levels, its clumps of 1 to 2.5 px.
+
+    In pictures of over 1000 px, thousandths of the shorter side.
+    """
+    size = rng.uniform(1, 2.5) * max(1, min(shape) / 1000)
+    strength = np.exp(rng.uniform(math.log(1.5), math.log(14)))
     small = np.empty((math.ceil(shape[0] / size), math.ceil(shape[1] / size)), np.float32)
     cv2.setRNGSeed(int(rng.integers(-(2**31), 2**31)))
-    cv2.randn(small, 0, strength * size**0.5)  # the interpolation takes away from it
+    cv2.randn(small, 0, strength * min(size, 2.25) ** 0.5)  # the interpolation takes away from it
     return cv2.resize(small, shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 
@@ -1018,9 +956,7 @@ def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = 
     return cv2.imdecode(cv2.imencode(".jpg", aged, quality)[1], cv2.IMREAD_COLOR)
 
 
-# ======================================================================================================================
-# Degraded folders
-# ======================================================================================================================
+# ====== Degraded folders ==============================================================================================
 
 DEGRADATIONS = {"noisy": add_gaussian_noise, "color": distort_colors, "occluded": occlude_irregular, "aged": age_photo}
 MASKS = {"occluded": occlusion_mask, "aged": damage_mask}  # of what is physically damaged, for the kinds that have it
@@ -1031,21 +967,13 @@ def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, settings: Se
     return DEGRADATIONS[kind](image, rng, settings)
 
 
-def drawn_id(draw: Callable[[np.random.Generator], np.ndarray]) -> str:
-    """A fingerprint of what a function draws from a few seeds, with this code and these versions of the libraries."""
-    return fingerprint(*(draw(np.random.default_rng(seed)).tobytes() for seed in range(6)))
-
-
 @functools.cache
 def degradation_id(settings: Settings) -> str:
-    """A fingerprint of what the degradations make of a test card: files of an older code are known to be old."""
+    """A fingerprint of what the degradations make of a test card: files of older code or libraries are known."""
     card = (np.arange(400 * 480 * 3) % 251).astype(np.uint8).reshape(400, 480, 3)
-    drawn = [drawn_id(lambda rng, kind=kind: degrade(card, kind, rng, settings)) for kind in settings.kinds]
-    drawn += [
-        drawn_id(lambda rng, kind=kind: MASKS[kind](card.shape, rng, settings))
-        for kind in settings.kinds
-        if kind in MASKS
-    ]
+    draws = [functools.partial(DEGRADATIONS[kind], card) for kind in settings.kinds]
+    draws += [functools.partial(MASKS[kind], card.shape) for kind in settings.kinds if kind in MASKS]
+    drawn = [fingerprint(*(draw(np.random.default_rng(i), settings).tobytes() for i in range(6))) for draw in draws]
     names = ("seed", "kinds", "noise_sigma", "saturation", "value", "polygons", "polygon_vertices", "polygon_size")
     return fingerprint(drawn, [getattr(settings, name) for name in (*names, "jpeg_quality")])
 
@@ -1092,10 +1020,7 @@ class Pair(NamedTuple):
 
 
 def plan_pairs(faces: Faces, copies: Path, settings: Settings) -> list[Pair]:
-    """The pairs of all originals, the kinds of one side by side; every original is read for its fingerprint.
-
-    The copies of a.jpg and a.png, or of one/a.jpg and two/a.jpg, get a short hash. Names over 200 bytes are cut.
-    """
+    """The pairs of all originals, the kinds of one side by side; every original is read for its fingerprint."""
 
     def content_of(path: Path) -> str:
         with contextlib.suppress(OSError):
@@ -1107,18 +1032,15 @@ def plan_pairs(faces: Faces, copies: Path, settings: Settings) -> list[Pair]:
     count, pairs = Counter(map(str.casefold, stems)), []
     contents = in_parallel(content_of, [path for _, path in originals])
     for number, ((name, path), stem, content) in enumerate(zip(originals, stems, contents)):
-        unique = stem if count[stem.casefold()] == 1 else f"{stem}-{fingerprint(name)}"
+        unique = stem if count[stem.casefold()] == 1 else f"{stem}-{fingerprint(name)}"  # a.jpg, a.png and b/a.jpg
         is_scene = number >= len(faces.names)
         pairs += [Pair(k, name, content, path, copies / f"{unique}_{k}.jpg", is_scene) for k in settings.kinds]
     return pairs
 
 
 def _check_space(originals: Sequence[Path], folder: Path, settings: Settings) -> None:
-    """Raises OSError before the work begins if the degraded images will not fit on the disk, judging by some originals.
-
-    At quality 95 and 4:4:4 a noisy image takes about 1.7 bytes a pixel and the others about 0.5 each.
-    """
-    pixels = []
+    """OSError before the work begins if the degraded images will not fit on the disk, judging by some originals."""
+    pixels = []  # a noisy one takes about 1.7 bytes of JPEG for each, the others 0.5
     for path in originals[:: max(1, len(originals) // 50)]:
         with contextlib.suppress(Exception), Image.open(path) as image:
             pixels.append(image.width * image.height)
@@ -1141,11 +1063,10 @@ class DegradeReport(NamedTuple):
     pairs: list[Pair]
 
     def __str__(self) -> str:
-        lines = [f"{counted(self.made, 'original')} degraded now, {self.kept} already done"]
-        if not self.made:
-            lines = [f"{counted(self.kept, 'original')}, already done"]
-        lines += ["left out:"] if self.left_out else []
-        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.left_out.items()])
+        done = f"{counted(self.made, 'original')} degraded now, {self.kept} already done"
+        done = done if self.made else f"{counted(self.kept, 'original')}, already done"
+        done += "\nleft out:" if self.left_out else ""
+        return "\n  ".join([done, *(f"{name}: {reason}" for name, reason in self.left_out.items())])
 
 
 def degrade_folder(
@@ -1153,9 +1074,8 @@ def degrade_folder(
 ) -> DegradeReport:
     """Writes the degraded versions of every original to `folder`, in parallel.
 
-    Returns a report with the pairs in it. Every file says in its JPEG comment what made it; what
-    is there and right is not made again. Raises OSError if the disk is too full, ValueError if no original can be read,
-    RuntimeError if another run is writing to the folder.
+    Every file says in its JPEG comment what made it; what is there and right is not made again. OSError if the disk is
+    too full, ValueError if no original can be read, RuntimeError if another run is writing to the folder.
     """
 
     def where_done(pair: Pair) -> Pair:
@@ -1188,24 +1108,20 @@ def degrade_folder(
     return DegradeReport(len(todo) - len(failed), len(originals) - len(todo), {**faces.left_out, **failed}, pairs)
 
 
-# ======================================================================================================================
-# Data
-# ======================================================================================================================
+# ====== Data ==========================================================================================================
 
 
 def prepare_pairs(faces: Faces, places: Places, settings: Settings) -> list[Pair]:
-    """The pairs of every readable original, degraded first if that has not been done, and a line that says so.
-
-    Degraded images attached on Kaggle (the output of notebook 01) are used where they would be made the same now;
-    others are made again from the seed. All images are then at hand at the networks' size.
-    """
-    attached = sorted(places.attached.rglob("fakefaces_degraded")) if places.attached else []
+    """The pairs of every readable original, degraded first if that has not been done (it says so), and stored."""
+    attached = sorted(places.attached.rglob("fakefaces_degraded")) if places.attached else []  # used where still right
     report = degrade_folder(faces, places.degraded, settings, attached=attached)
     print(f"Degraded images: {report}")
-    pairs = report.pairs
-    if (count := len({pair.name for pair in pairs if not pair.is_scene})) < 50 and settings.profile != "smoke":
+    if (count := len({pair.name for pair in report.pairs if not pair.is_scene})) < 50 and settings.profile != "smoke":
         print(f"NOTE: {counted(count, 'original')} will not teach much: 200 are enough to see something happen")
-    return store_images(pairs, places, settings)
+    return store_images(report.pairs, places, settings)
+
+
+STORE_VERSION = 1  # to be raised when without_tint or draw_views do something else
 
 
 def stored_shape(settings: Settings) -> tuple[int, ...]:
@@ -1232,12 +1148,13 @@ def draw_views(size: tuple[int, int], settings: Settings, rng: np.random.Generat
 def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> list[Pair]:
     """Reads all images of the pairs, once and in parallel, into one file in the outputs, and says in each pair where.
 
-    `pairs` as `plan_pairs` has them: the kinds of an original side by side, none missing.
-    The file is a NumPy array, uint8 (originals, views, planes, 256, 256), which is mapped into memory: nothing is
-    decoded again in any epoch or notebook, and there may be more of it than memory. Its name says what it is made from.
+    `pairs` as `plan_pairs` has them: the kinds of an original side by side, none missing. The file, an array, uint8
+    (originals, views, planes, 256, 256), is mapped into memory, and may be larger. Its name says what it is made from.
     """
     originals = [list(same) for _, same in itertools.groupby(pairs, lambda pair: pair.name)]
-    what = fingerprint(degradation_id(settings), settings.windows, [(pair.name, pair.content) for pair in pairs])
+    what = fingerprint(
+        degradation_id(settings), settings.windows, STORE_VERSION, [(pair.name, pair.content) for pair in pairs]
+    )
     store, shape = places.outputs / f"images_{IMAGE_SIZE}px_{what}.npy", (len(originals), *stored_shape(settings))
 
     def read(same: list[Pair]) -> bytes:
@@ -1269,16 +1186,12 @@ def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> l
                 file.writelines(in_parallel(read, originals, "reading", "original"))
     rows = {same[0].name: row for row, same in enumerate(originals)}
     masks = {kind: 3 * (1 + len(settings.kinds)) + i for i, kind in enumerate(k for k in settings.kinds if k in MASKS)}
-    return [
-        pair._replace(
-            store=store,
-            row=rows[pair.name],
-            plane=3 * (1 + settings.kinds.index(pair.kind)),
-            mask_plane=masks.get(pair.kind),
-            is_grey=pair.kind == "aged" and is_black_and_white(np.random.default_rng(pair.seed(settings))),
-        )
-        for pair in pairs
-    ]
+    stored = []
+    for pair in pairs:
+        planes = {"plane": 3 * (1 + settings.kinds.index(pair.kind)), "mask_plane": masks.get(pair.kind)}
+        is_grey = pair.kind == "aged" and is_black_and_white(np.random.default_rng(pair.seed(settings)))
+        stored.append(pair._replace(store=store, row=rows[pair.name], **planes, is_grey=is_grey))
+    return stored
 
 
 def faces_id(pairs: Sequence[Pair]) -> str:
@@ -1299,7 +1212,8 @@ def split_pairs(pairs: Sequence[Pair], settings: Settings) -> Splits:
     """Splits by original, never by file: 80 / 20 % for pretraining, 90 / 10 % for the GAN, nested, seeded.
 
     Copies of one photograph under several names count as one. One permutation is cut into three: both stages'
-    validation, the pretraining's validation only, both stages' training. ValueError for fewer than 2 originals.
+    validation, the pretraining's validation only, both stages' training. To train on, there are scenes and undamaged
+    pairs, too, and the aged ones twice. ValueError for fewer than 2 originals.
     """
     scenes = [pair for pair in pairs if pair.is_scene]
     pairs = [pair for pair in pairs if not pair.is_scene]
@@ -1333,9 +1247,8 @@ class FaceRestorationGANDataset(Dataset):
     """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with the rest.
 
     That is `kind`, `name`; `hole`, the true mask of what is physically damaged, float (1, 256, 256) in [0, 1];
-    `whole`, all of the degraded photograph at 64 px, float (3, 64, 64). An item is asked for by its index, or by
-    (index, mirrored, view) to train with; view 0 is the whole. The pixels are those of `image_transform`, from the file
-    of `store_images`. The original of a black-and-white print is grey.
+    `whole`, all of the degraded photograph at 64 px, float (3, 64, 64). An item is asked for by its index, or to train
+    with by (index, mirrored, view), view 0 being the whole. The pixels, from the store, are those of `image_transform`.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -1349,15 +1262,13 @@ class FaceRestorationGANDataset(Dataset):
         index, mirrored, view = item if isinstance(item, tuple) else (item, False, 0)
         pair = self.pairs[index]
         views = torch.from_numpy(self.images[pair.row])  # (1 + windows, planes, 256, 256)
-        original, degraded, whole = (
-            views[v, i : i + 3].float().div_(255).sub_(0.5).div_(0.5)
-            for v, i in ((view, 0), (view, pair.plane), (0, pair.plane))
-        )
+        where = (view, 0), (view, pair.plane), (0, pair.plane)
+        original, degraded, whole = (views[v, i : i + 3].float().div_(255).sub_(0.5).div_(0.5) for v, i in where)
         hole = torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE)
         if pair.mask_plane:
             hole = views[view, pair.mask_plane, None].float().div_(255)
         if pair.is_grey or bool((whole == whole[:1]).all()):  # from a grey photograph comes a grey one
-            original = rgb_to_grayscale(original, 3)
+            original = transforms.functional.rgb_to_grayscale(original, 3)
         if mirrored:
             degraded, original, hole, whole = (image.flip(-1) for image in (degraded, original, hole, whole))
         info = {"kind": pair.kind, "name": pair.name, "hole": hole, "whole": F.avg_pool2d(whole, 4)}
@@ -1374,8 +1285,7 @@ def make_loader(
 ) -> DataLoader:
     """A loader of (degraded, original, info) batches in the order given, or in that of the pairs.
 
-    With an order, for training, batches are always full, if there are enough pairs for one: what is left over has its
-    turn in other epochs. Raises ValueError if there are no pairs.
+    With an order, for training, batches are always full, if there are pairs enough for one. ValueError without any.
     """
     if not pairs:
         raise ValueError("no pairs to load: both training and validation need at least one")
@@ -1387,8 +1297,7 @@ def make_loader(
 def training_order(length: int, settings: Settings, stage: str, epoch: int) -> list[tuple[int, bool, int]]:
     """For an epoch, the order of the pairs, whether each is mirrored, and which view of it: (index, mirrored, view).
 
-    Half of the views are the whole picture. It depends on the settings' seed, the stage and the epoch only, so an
-    epoch is the same after an interruption.
+    Half of the views are the whole picture. It depends on these arguments only: the same after an interruption.
     """
     rng = np.random.default_rng(derive_seed(settings.seed, stage, epoch))
     order, mirrored = rng.permutation(length), rng.random(length) < settings.flip
@@ -1397,10 +1306,10 @@ def training_order(length: int, settings: Settings, stage: str, epoch: int) -> l
 
 
 def thumbnails(pairs: Sequence[Pair]) -> np.ndarray:
-    """The originals of the pairs, each once, as the colour head sees photographs: uint8 BGR (N, 64, 64, 3)."""
+    """The originals of the pairs, each once, for `color_lesson`: uint8 BGR (N, 128, 128, 3)."""
     images, rows = np.load(pairs[0].store, mmap_mode="r"), sorted({pair.row for pair in pairs})
-    small = [images[row, 0, 2::-1].reshape(3, 64, 4, 64, 4).mean((2, 4)) for row in rows]
-    return np.rint(small).astype(np.uint8).transpose(0, 2, 3, 1)
+    small = [images[row, 0, 2::-1].reshape(3, 128, 2, 128, 2).mean((2, 4)).round().astype(np.uint8) for row in rows]
+    return np.ascontiguousarray(np.stack(small).transpose(0, 2, 3, 1))
 
 
 def make_pale(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -1415,15 +1324,16 @@ def make_pale(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Generator) -> dict[str, Tensor]:
     """A batch of thumbnails for the colour head, faded anew every time: of the same few it learns too little.
 
-    From `originals`, uint8 BGR (M, 64, 64, 3): `whole` and `original`, float RGB (N, 3, 64, 64) in [-1, 1]; `known`,
+    From `originals`, uint8 BGR (M, 128, 128, 3): `whole` and `original`, float RGB (N, 3, 64, 64) in [-1, 1]; `known`,
     (N, 1, 64, 64), 0 where there is damage; `faded`, (N, 2), whether by `distort_colors` and whether by `age_photo`.
-    Some of the originals are pale, and a part of them stays as it is.
+    Some of the originals are pale, and a part of them stays as it is. Halved after the damage, or grain and specks
+    would be too coarse.
     """
     kinds = ["clean", *(kind for kind in settings.kinds if kind != "noisy")]  # noise is finer
     images: dict[str, list] = {"whole": [], "original": [], "known": [], "faded": []}
     for _ in range(settings.color_lessons):
         original, kind = originals[rng.integers(len(originals))], kinds[rng.integers(len(kinds))]
-        original = make_pale(original, rng) if rng.random() < 0.4 else original
+        original = make_pale(original, rng) if rng.random() < 0.3 else original
         pair = Pair(kind, str(rng.integers(2**63)), "", Path(), Path())
         drawn = np.random.default_rng(pair.seed(settings))
         degraded = original if kind == "clean" else degrade(original, kind, drawn, settings)
@@ -1435,13 +1345,12 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
         images["known"].append(255 - pair.mask(original.shape, settings)[..., None])
         images["faded"].append((kind == "color", kind == "aged"))
     faded = torch.tensor(images.pop("faded")).float()
-    lesson = {k: torch.from_numpy(np.stack(v)).permute(0, 3, 1, 2) / 127.5 - 1 for k, v in images.items()}
-    return lesson | {"known": (lesson["known"] > 0).float(), "faded": faded}
+    stacked = {k: torch.from_numpy(np.stack(v)).permute(0, 3, 1, 2).float() for k, v in images.items()}
+    lesson = {k: F.avg_pool2d(v, 2) / 127.5 - 1 for k, v in stacked.items()}
+    return lesson | {"known": (lesson["known"] == 1).float(), "faded": faded}
 
 
-# ======================================================================================================================
-# Generator
-# ======================================================================================================================
+# ====== Generator =====================================================================================================
 
 
 class EncoderLayer(nn.Sequential):
@@ -1482,7 +1391,7 @@ class ColorHead(nn.Module):
     """
 
     QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-    DOUBT = ((0.3, 0.6), (0.6, 0.9))  # for saturation and brightness, and for ageing, where a mistake costs more
+    DOUBT = ((0.3, 0.6), (0.5, 0.8))  # for saturation and brightness, and for ageing, where a mistake costs more
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
@@ -1527,11 +1436,8 @@ def recolor(images: Tensor, curves: Tensor) -> Tensor:
 
 
 def local_mean(images: Tensor) -> Tensor:
-    """The mean of 5 x 5 px around every pixel, of the same shape, mirrored at the edges.
-
-    As a convolution: avg_pool2d is ten times slower on a CPU.
-    """
-    kernel = images.new_full((images.shape[1], 1, 5, 5), 1 / 25)
+    """The mean of 5 x 5 px around every pixel, of the same shape, mirrored at the edges."""
+    kernel = images.new_full((images.shape[1], 1, 5, 5), 1 / 25)  # avg_pool2d is ten times slower on a CPU
     with torch.autocast(images.device.type, enabled=False):  # half a grey level counts: not with the 8 bits of bfloat16
         return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, groups=images.shape[1])
 
@@ -1578,10 +1484,8 @@ class GrainHead(nn.Module):
 
 
 def convolve_both(convolution: nn.Conv2d, features: Tensor, images: Tensor) -> Tensor:
-    """What the convolution (kernel 3) makes of features with images as further channels, without copying them together.
-
-    A sixth of the time of a training step goes into such copies, and into gradients that are slices of them.
-    """
+    """What the convolution (kernel 3) makes of features with images as further channels, not copied together."""
+    # such copies, and gradients that are slices of them, take a sixth of a training step
     weights = convolution.weight.split([features.shape[1], images.shape[1]], 1)
     return F.conv2d(features, weights[0], convolution.bias, padding=1) + F.conv2d(images, weights[1], padding=1)
 
@@ -1636,7 +1540,6 @@ class Restoration(NamedTuple):
     """What the generator thinks: `restored` is its output, the others are what its heads are supervised by."""
 
     restored: Tensor  # (N, 3, 256, 256) in [-1, 1]
-    recolored: Tensor | None = None  # (N, 3, 256, 256), the input with its colours mended
     hole: Tensor | None = None  # (N, 1, 256, 256), logits of the probability that a pixel is physically damaged
     repainted: Tensor | None = None  # (N, 3, 256, 256) in [-1, 1], what to paint there
 
@@ -1684,7 +1587,7 @@ class OutputLayer(nn.Module):
         kept = torch.tanh(torch.atanh(without_grain.clamp(-limit, limit)) + correction)
         repainted = torch.tanh(torch.atanh(surroundings.clamp(-limit, limit)) + repaint)
         restored = kept + covered * (repainted - kept)
-        return Restoration(restored, recolored, hole, repainted)
+        return Restoration(restored, hole, repainted)
 
 
 def check_images(images: Tensor, who: str) -> None:
@@ -1767,9 +1670,7 @@ def build_generator(settings: Settings) -> UNetGenerator:
         return UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain)
 
 
-# ======================================================================================================================
-# Discriminator
-# ======================================================================================================================
+# ====== Discriminator =================================================================================================
 
 
 class PatchGANDiscriminator(nn.Module):
@@ -1809,9 +1710,7 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
         return PatchGANDiscriminator(settings.discriminator_width, settings.plain)
 
 
-# ======================================================================================================================
-# Checkpoints
-# ======================================================================================================================
+# ====== Checkpoints ===================================================================================================
 
 CHECKPOINT_FORMAT = "face-restoration-6"
 MAY_CHANGE = {"pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "sample_every", "sample_faces"}
@@ -1837,21 +1736,16 @@ class Run(NamedTuple):
         return self.places.outputs
 
 
-def not_finite(content: Mapping[str, Any]) -> list[str]:
-    """The networks in a checkpoint's content that have a weight that is not a finite number."""
-    networks = content.keys() & {"generator", "discriminator", "average"}
-    return sorted(n for n in networks if not all(tensor.isfinite().all() for tensor in content[n].values()))
+def not_finite(content: Mapping[str, Any]) -> str:
+    """The networks in a checkpoint's content that have a weight that is not a finite number, by name; or nothing."""
+    names = sorted(content.keys() & {"generator", "discriminator", "average"})
+    return ", ".join(n for n in names if not all(tensor.isfinite().all() for tensor in content[n].values()))
 
 
 def save_checkpoint(path: Path, run: Run, **content: object) -> None:
-    """Saves tensors, numbers, strings and containers of them atomically, with what made them: settings and faces.
-
-    Raises FloatingPointError, and leaves what was there, if a network has weights that are not finite.
-    """
+    """Saves tensors, numbers, strings and containers of them atomically, and the settings and faces that made them."""
     if bad := not_finite(content):
-        raise FloatingPointError(
-            f"{path.name} is not written: weights of the {', '.join(bad)} are not finite. {ADVICE}"
-        )
+        raise FloatingPointError(f"{path.name} is not written: weights of the {bad} are not finite. {ADVICE}")
     made_by = {"format": CHECKPOINT_FORMAT, "settings": asdict(run.settings), "faces": run.faces}
     with atomic(path) as temporary:
         try:
@@ -1865,8 +1759,7 @@ def save_checkpoint(path: Path, run: Run, **content: object) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Loads one of our checkpoints to the CPU, wherever it comes from. No code in it is ever run (`weights_only`).
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is damaged (checksums), not one of ours, or has
-    weights that are not finite.
+    FileNotFoundError if there is none, ValueError if it is damaged (checksums), not ours, or has weights not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; notebooks 04 and 05 write them, to OUTPUT_DIR if set")
@@ -1878,22 +1771,17 @@ def load_checkpoint(path: str | Path) -> dict:
         if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
             raise ValueError(f"its format is not {CHECKPOINT_FORMAT}")
         if bad := not_finite(content):
-            raise ValueError(f"weights of the {', '.join(bad)} are not finite")
+            raise ValueError(f"weights of the {bad} are not finite")
     except Exception as error:  # whatever the unpickler or the zip reader trips over
         reason = {"BadZipFile": "no checkpoint file, or cut short", "UnpicklingError": "holds more than numbers"}
         reason = reason.get(type(error).__name__, str(error).splitlines()[0] if str(error) else repr(error))
-        raise ValueError(
-            f"{path}: not a checkpoint of this project, or damaged ({reason}). If a notebook of yours has written it, "
-            "delete it and run that again"
-        ) from error
+        remedy = "If a notebook of yours has written it, delete it and run that again"
+        raise ValueError(f"{path}: not a checkpoint of this project, or damaged ({reason}). {remedy}") from error
     return content
 
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNetGenerator:
-    """The generator saved in `path`, at the width it was trained with, in eval mode and ready to restore.
-
-    Raises FileNotFoundError or ValueError as `load_checkpoint`, and ValueError if the file holds no generator.
-    """
+    """The generator saved in `path`, at the width it was trained with, in eval mode; raises as `load_checkpoint`."""
     content = load_checkpoint(path)
     if "generator" not in content:
         raise ValueError(f"{path}: a checkpoint of this project, but without a generator")
@@ -1928,15 +1816,10 @@ def require_artifact(name: str, run: Run, notebook: str) -> Path:
 
 
 def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str] = ()) -> None:
-    """Raises ValueError naming what differs if a checkpoint was made by other settings or from other faces.
-
-    Longer schedules and the like may differ, and so may the settings named in `ignore`.
-    """
+    """ValueError naming what differs if other faces or settings, but MAY_CHANGE and `ignore`, made a checkpoint."""
     now = asdict(run.settings) | {"faces": run.faces, "pretrained weights": run.begun_from}
     then = content["settings"] | {"faces": content["faces"], "pretrained weights": content["begun_from"]}
-    looked_at = (
-        (now.keys() | then.keys()) - MAY_CHANGE - set(ignore) - (set() if run.begun_from else {"pretrained weights"})
-    )
+    looked_at = (now.keys() | then.keys()) - MAY_CHANGE.union(ignore, [] if run.begun_from else ["pretrained weights"])
     differ = [f"{n} was {then.get(n)!r}, is {now.get(n)!r}" for n in sorted(looked_at) if now.get(n) != then.get(n)]
     if differ:
         raise ValueError(
@@ -1946,9 +1829,7 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
         )
 
 
-# ======================================================================================================================
-# Training
-# ======================================================================================================================
+# ====== Training ======================================================================================================
 
 
 class Precision:
@@ -1992,10 +1873,7 @@ class Precision:
 
 
 class Means:
-    """Means over images of named losses: every batch counts by its size, so a short last one does not distort them.
-
-    With a `precision` that scales the loss, batches that overflow in float16 do not count: they teach nothing.
-    """
+    """Means over images of named losses: every batch counts by its size, so a short last one does not distort them."""
 
     def __init__(self, where: str, precision: Precision | None = None) -> None:
         self.where, self.batches, self.sums, self.counts = where, 0, Counter(), Counter()
@@ -2005,7 +1883,7 @@ class Means:
         """Counts a batch's mean losses for its `images`. Sums stay on the device, but for a look at every twentieth."""
         self.batches += 1
         for name, loss in losses.items():
-            counts = loss.isfinite() | (not self.scaled)
+            counts = loss.isfinite() | (not self.scaled)  # what overflows in float16 teaches nothing
             self.sums[name] = self.sums[name] + torch.where(counts, loss.detach().double(), 0.0) * images
             self.counts[name] = self.counts[name] + counts * images
         if self.batches % 20 == 0:
@@ -2186,9 +2064,7 @@ def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Pat
         save_image(rows, temporary, nrow=len(degraded), padding=0, normalize=True, value_range=(-1, 1))
 
 
-# ======================================================================================================================
-# Pretraining
-# ======================================================================================================================
+# ====== Pretraining ===================================================================================================
 
 
 def heads_loss(restoration: Restoration, original: Tensor, damage: Tensor) -> Tensor:
@@ -2276,7 +2152,8 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
             means = Means(f"pretrain, epoch {epoch}", precision)
             rng = np.random.default_rng(derive_seed(s.seed, "colour lessons", epoch))
             for batch in stage.batches():
-                losses = pretrain_step(generator, optimizer, batch, color_lesson(originals, s, rng), run, precision)
+                lesson = color_lesson(originals, s, rng) if s.color_lessons else {}
+                losses = pretrain_step(generator, optimizer, batch, lesson, run, precision)
                 average.update_parameters(generator)
                 means.add(losses, len(batch[0]))
             row, val = means.result(), validation_losses(average.module, validation_loader, run.device)
@@ -2295,9 +2172,7 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
     return stage.history
 
 
-# ======================================================================================================================
-# GAN training
-# ======================================================================================================================
+# ====== GAN training ==================================================================================================
 
 
 def shifted(images: Sequence[Tensor], limit: int, rng: np.random.Generator) -> list[Tensor]:
@@ -2354,8 +2229,7 @@ def trains_generator(epoch: int, number: int, settings: Settings) -> bool:
 def load_pretrained(generator: UNetGenerator, run: Run) -> str:
     """Loads the pretraining's best weights into `generator` if they are there and says so either way.
 
-    Attached ones are copied to the outputs, which then hold all that is needed to go on. Returns the fingerprint of the
-    weights it leaves in `generator`.
+    Attached ones are copied to the outputs, to go on from. Returns the fingerprint of the weights in `generator` then.
     """
     name = "pretrained_generator_best.pth"
     if path := find_artifact(name, run):
@@ -2368,9 +2242,7 @@ def load_pretrained(generator: UNetGenerator, run: Run) -> str:
         found = find_artifact("pretrain_history.json", run)
         history = json.loads(found.read_text()) if found else []
         if history and len(history) < run.settings.pretrain_epochs and not stopped_early(history, run.settings):
-            print(
-                "WARNING: the pretraining is not finished. Let 04 end first: with its later weights this cannot go on"
-            )
+            print("WARNING: the pretraining is not finished. Let 04 end first: with later weights this cannot go on")
     else:
         print(f"WARNING: no {name} in {run.outputs}: THE GENERATOR STARTS FROM SCRATCH, without the lessons that its "
               "heads get in pretraining: expect holes to stay. If this is not meant, stop and run notebook 04 first; "
@@ -2439,16 +2311,11 @@ def train_gan(
     return stage.history
 
 
-# ======================================================================================================================
-# Restoration
-# ======================================================================================================================
+# ====== Restoration ===================================================================================================
 
 
 def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
-    """PSNR in dB, SSIM and L1 (in levels of 255) of every image, (N,) each, on clipped and rounded 8-bit RGB values.
-
-    SSIM is scikit-image's with the settings of Wang et al. 2004. Identical images have an infinite PSNR.
-    """
+    """PSNR in dB (may be infinite), SSIM (Wang et al. 2004), L1 (of 255), (N,) each, on clipped, rounded RGB values."""
     from skimage.metrics import structural_similarity
 
     x, y = to_pixels(images).cpu(), to_pixels(originals).cpu()
@@ -2510,10 +2377,8 @@ def _fade_in(target: np.ndarray, new: np.ndarray, overlap: int, axis: int) -> No
 
 def _smooth(change: Tensor, known: Tensor, reach: float) -> Tensor:
     """What is known of a change, (N, 3, H, W) and (N, 1, H, W), without anything finer than `reach` px."""
-    blurred = []
-    for image, weight in zip(change * known, known):
-        both = torch.cat([image, weight]).permute(1, 2, 0).cpu().numpy()
-        blurred.append(cv2.GaussianBlur(both, (0, 0), reach, borderType=cv2.BORDER_REFLECT))
+    both = torch.cat([change * known, known], 1).permute(0, 2, 3, 1).cpu().numpy()
+    blurred = [cv2.GaussianBlur(image, (0, 0), reach, borderType=cv2.BORDER_REFLECT) for image in both]
     both = torch.from_numpy(np.stack(blurred)).permute(0, 3, 1, 2).to(change)
     return both[:, :3] / both[:, 3:].clamp(min=1e-3)
 
@@ -2584,12 +2449,7 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def mend_level(
-    photo: np.ndarray,
-    damage: np.ndarray,
-    generator: UNetGenerator,
-    curves: Tensor,
-    coarser: tuple[np.ndarray, np.ndarray] | None,
-    bar: Any,
+    photo: np.ndarray, damage: np.ndarray, generator: UNetGenerator, curves: Tensor, coarser: tuple | None, bar: Any
 ) -> np.ndarray:
     """Restores `photo`, RGB uint8 (h, w, 3), by windows, repainting its `damage`, uint8 (h, w), more than 0 there.
 
@@ -2693,17 +2553,15 @@ def restore_image_gan(
 ) -> np.ndarray:
     """Restores a photograph at its own size: reads `source`, writes `destination`, says how much has been repainted.
 
-    Returns what it wrote, uint8 BGR (H, W, 3). `fill` and `mask` (an image file, white is damage) as in
-    `restore_photo`, which also returns what was repainted. Raises ValueError if `source` cannot be
-    read, or if `destination` is the source or has no known image suffix.
+    Returns what it wrote, uint8 BGR (H, W, 3). `fill` and `mask` (an image file) as in `restore_photo`. ValueError if
+    `source` cannot be read, if `destination` is one of the two, or has no known image suffix.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
-    if destination.resolve() == source.resolve():
-        raise ValueError(f"{destination}: the original would be overwritten; choose another name for the result")
+    for what, path in (("original", source), ("mask", mask)):
+        if path and destination.resolve() == Path(path).expanduser().resolve():
+            raise ValueError(f"{destination}: the {what} would be overwritten; choose another name for the result")
     if destination.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
-    if mask is not None and destination.resolve() == Path(mask).expanduser().resolve():
-        raise ValueError(f"{destination}: the mask would be overwritten; choose another name for the result")
     given = None if mask is None else read_image(Path(mask).expanduser()).max(2)
     restored = restore_photo(read_image(source), generator, fill, given)
     write_image(destination, restored.image)
@@ -2712,17 +2570,14 @@ def restore_image_gan(
     return restored.image
 
 
-# ======================================================================================================================
-# Figures
-# ======================================================================================================================
+# ====== Figures =======================================================================================================
 
 
 def show_images(columns: Sequence[Sequence], rows: Sequence[str], captions: Sequence[Sequence[str]] = ()) -> plt.Figure:
     """A grid of RGB images (arrays or PIL), column by column, with the rows' names at the left and captions below."""
-    figure, axes = plt.subplots(
-        len(rows), len(columns), figsize=(2.1 * len(columns), (2.35 if captions else 2.1) * len(rows)),
-        squeeze=False, layout="constrained", subplot_kw={"xticks": [], "yticks": []},
-    )  # fmt: skip
+    size = 2.1 * len(columns), (2.35 if captions else 2.1) * len(rows)
+    options = {"squeeze": False, "layout": "constrained", "subplot_kw": {"xticks": [], "yticks": []}}
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, **options)
     for x, column in enumerate(columns):
         for y, image in enumerate(column):
             axes[y, x].imshow(image, vmin=0, vmax=255, interpolation="antialiased")
@@ -2765,10 +2620,10 @@ def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, s
 
 
 def plot_pretrain_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
-    """The pretraining's L1 + 0.1 MSE, in training and validation, and `heads_loss`, drawn and saved as `path`."""
+    """The pretraining's L1 + 0.1 MSE, and what the heads learn from, drawn and saved as `path`."""
     curves = {"loss": "training", "val_loss": "validation (averaged weights)"}
-    panels = {"Pretraining: L1 + 0.1 MSE": curves, "Colour, hole and fill on their own": {"heads": "training"}}
-    return _plot_curves(history, panels, path)
+    panels = {"Pretraining: L1 + 0.1 MSE": curves, "holes, found and filled": {"heads": "training"}}
+    return _plot_curves(history, panels | {"colour lessons": {"color": "training"}}, path)
 
 
 def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
@@ -2787,10 +2642,9 @@ def compare_results(generator: nn.Module, pairs: Sequence[Pair], run: Run, path:
     with evaluating(generator):
         restored = generator(degraded.to(run.device)).cpu()
     before, after = image_metrics(degraded, original), image_metrics(restored, original)
-    columns, captions = [], []
+    columns = list(zip(*(to_pixels(x).permute(0, 2, 3, 1).numpy() for x in (degraded, restored, original))))
+    captions = []
     for i, name in enumerate(info["name"]):
-        images = to_pixels(torch.stack([degraded[i], restored[i], original[i]])).permute(0, 2, 3, 1).numpy()
-        columns.append(list(images))
         scores = [f"{m['psnr'][i]:.1f} dB, SSIM {m['ssim'][i]:.3f}" for m in (before, after)]
         captions.append([*scores, f"{info['kind'][i]}: {name}"])
     figure = show_images(columns, ("degraded", "restored", "original"), captions)
@@ -2798,9 +2652,7 @@ def compare_results(generator: nn.Module, pairs: Sequence[Pair], run: Run, path:
     return figure
 
 
-# ======================================================================================================================
-# Appendix: the synthetic portraits
-# ======================================================================================================================
+# ====== Appendix: the synthetic portraits =============================================================================
 
 # Shapes are in head units: x right, y down from between the eyes, the chin at y = 1. The average face, whose right half
 # the tables give, is painted from the front, in float32 BGR 0..1; last of all the picture is bent to the sitter's own.
@@ -3062,13 +2914,9 @@ def bend_to_sitter(rng: np.random.Generator, image: np.ndarray, sitter: Sitter) 
 
 
 def develop(rng: np.random.Generator, image: np.ndarray, grain: float) -> np.ndarray:
-    """Makes a photograph of a painting, float32 BGR 0..1: its blacks, whites and colours, and grain; uint8 BGR.
-
-    Most photographs reach from black to white, and few are pale; some are not so. Whoever learns from pictures without
-    that takes what is good for faded, or the other way round.
-    """
+    """Makes a photograph of a painting, float32 BGR 0..1: its blacks, whites and colours, and grain; uint8 BGR."""
     low, high = np.quantile(image.min(2)[::4, ::4], 0.005), np.quantile(image.max(2)[::4, ::4], 0.995)
-    usual = rng.random() < 0.85
+    usual = rng.random() < 0.85  # as most photographs: from black to white, not pale; else good ones look faded
     black, white = rng.uniform(0, 0.03 if usual else 0.15), rng.uniform(0.94 if usual else 0.6, 1)
     image = black + (image - low) * np.float32((white - black) / max(high - low, 0.2))
     value = image.max(2, keepdims=True)
@@ -3169,17 +3017,12 @@ def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
     radii = np.sort(np.minimum(smallest * (1 - rng.random(count)) ** -0.8, 0.4))[::-1] * size  # power law
     for radius in radii:
         centre, corners = rng.uniform(0, size, 2), rng.choice((3, 4, 4, 6, 12, 24))
-        angles = (
-            np.sort(rng.uniform(0, 2 * math.pi, corners))
-            if rng.random() < 0.5
-            else (np.linspace(0, 2 * math.pi, corners, endpoint=False) + rng.uniform(0, 6))
-        )
-        ring = (
-            radius
-            * rng.uniform(rng.choice((0.3, 0.9)), 1, (corners, 1))
-            * np.stack((np.cos(angles), np.sin(angles)), 1)
-        )
-        ring = ring * (1, rng.choice((1, 1, 0.1, 0.4)))
+        if rng.random() < 0.5:
+            angles = np.sort(rng.uniform(0, 2 * math.pi, corners))
+        else:
+            angles = np.linspace(0, 2 * math.pi, corners, endpoint=False) + rng.uniform(0, 6)
+        ring = radius * rng.uniform(rng.choice((0.3, 0.9)), 1, (corners, 1))
+        ring = ring * np.stack((np.cos(angles), np.sin(angles)), 1) * (1, rng.choice((1, 1, 0.1, 0.4)))
         turn = rng.uniform(0, math.pi)
         ring = centre + ring @ np.array(((math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))))
         ring = smooth_curve(np.vstack((ring, ring[:1])), 4) if rng.random() < 0.5 else ring

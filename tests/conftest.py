@@ -77,5 +77,5 @@ def batch():
 @pytest.fixture
 def lesson():
     """Thumbnails as the colour head gets them."""
-    originals = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    originals = np.random.default_rng(0).integers(0, 256, (3, 128, 128, 3), dtype=np.uint8)
     return ru.color_lesson(originals, TINY, np.random.default_rng(1))

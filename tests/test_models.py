@@ -89,7 +89,7 @@ def test_the_color_head_stretches_and_acts_only_when_it_is_sure():
     with torch.no_grad():
         bias = head.layers[-1].bias
         bias[:11] = torch.tensor([9.0] * 6 + [0.3, 0.0, 0.0, 0.2, -0.2])
-        for logits in ((-9.0, -9.0), (-0.25, 0.1)):  # probabilities up to 0.27 and 0.6
+        for logits in ((-9.0, -9.0), (-0.25, 0.0)):  # probabilities up to 0.27 and 0.5
             bias[11:] = torch.tensor(logits)
             assert head(whole)[0].abs().max() < 1e-6
         bias[11:] = torch.tensor((5.0, -5.0))  # pale, but not aged
@@ -202,7 +202,9 @@ def test_plain_is_a_setting_of_every_profile(monkeypatch):
         monkeypatch.setenv("RESTORATION_PROFILE", name)
         monkeypatch.setenv("RESTORATION_PLAIN", "1")
         plain = dataclasses.asdict(ru.choose_settings(torch.device("cpu")))
-        changed = {"plain": True} | dict.fromkeys(("heads_weight", "ema", "shift", "scenes", "windows"), 0)
+        changed = {"plain": True} | dict.fromkeys(
+            ("heads_weight", "color_lessons", "ema", "shift", "scenes", "windows"), 0
+        )
         changed |= {"kinds": ru.KINDS[:3], "undamaged": False}
         assert plain == dataclasses.asdict(profile) | changed
     assert not any(profile.plain for profile in ru.PROFILES.values())

@@ -93,7 +93,7 @@ def test_the_colour_head_learns_from_its_lessons_only(run, batch):
 
 
 def test_lessons_are_seeded_and_say_what_has_faded_and_where_there_is_damage():
-    originals = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None, None], 3, 3).repeat(64, 2)
+    originals = np.repeat(np.linspace(0, 255, 128).astype(np.uint8)[None, :, None, None], 3, 3).repeat(128, 2)
     originals[..., 0] = originals[..., 0].transpose(0, 2, 1)  # in colour
     settings = dataclasses.replace(TINY, color_lessons=60)
     lesson = ru.color_lesson(originals, settings, np.random.default_rng(0))

@@ -251,7 +251,7 @@ def our_steps(device: torch.device, mixed: bool) -> tuple[Callable, Callable]:
     pretraining, training = ru.adam(generator, 1e-3), ru.adam(generator, 1e-4, (0.5, 0.999))
     adam_d = ru.adam(discriminator, 2e-4, (0.5, 0.999))
     average, precision = ru.average_of(generator, SETTINGS.ema), [ru.Precision(device, mixed) for _ in range(2)]
-    originals = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    originals = np.random.default_rng(0).integers(0, 256, (9, 128, 128, 3), dtype=np.uint8)
 
     def pretrain(batch: tuple) -> None:
         """Step 4."""
