@@ -379,7 +379,7 @@ JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}
 IMAGE_SUFFIXES = JPEG_SUFFIXES | {".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")  # as Pillow calls them
 UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # pictures, but for other programs
-MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, restoring 80
+MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, restoring 16
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -2370,9 +2370,11 @@ def _enlarged(image: np.ndarray, size: tuple[int, int], x: int, y: int) -> np.nd
 
 def _fade_in(target: np.ndarray, new: np.ndarray, overlap: int, axis: int) -> None:
     """Puts `new` in the place of `target`; over the first `overlap` px along the axis one turns into the other."""
-    share = ((np.arange(target.shape[axis], dtype=np.float32) + 0.5) / max(overlap, 0.5)).clip(0, 1)
-    blended = target + share.reshape([-1 if i == axis else 1 for i in range(target.ndim)]) * (new - target)
-    target[...] = np.rint(blended) if target.dtype == np.uint8 else blended
+    target, new = (np.moveaxis(image, axis, 0) for image in (target, new))
+    share = ((np.arange(overlap, dtype=np.float32) + 0.5) / overlap).reshape(-1, *[1] * (new.ndim - 1))
+    both = target[:overlap] + share * (new[:overlap] - target[:overlap]) if overlap else new[:0]
+    target[:overlap] = np.rint(both) if target.dtype == np.uint8 else both
+    target[overlap:] = np.rint(new[overlap:]) if target.dtype == np.uint8 else new[overlap:]
 
 
 def _smooth(change: Tensor, known: Tensor, reach: float) -> Tensor:
@@ -2422,27 +2424,33 @@ def damage_probabilities(photo: np.ndarray, generator: UNetGenerator, curves: Te
 def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
     """Where a photograph is damaged, uint8 (H, W), 255 there, from its `damage_probabilities` at several sizes.
 
-    A region of likely pixels counts as a whole: it is damage if that is more likely than not, on average over its
-    pixels and over the sizes that can tell, its own, the largest, among them. Those are the sizes at which it is
-    neither a dot nor larger than what is around it in a window; they have to agree.
+    A region of likely pixels counts as a whole: it is damage if that is likely on average over its pixels and over the
+    sizes that can tell, its own among them. Those are the sizes at which it is neither a dot nor larger than what is
+    around it in a window; they have to agree.
     """
     mask = np.zeros_like(maps[-1])
     for number, own in enumerate(maps):
         found = (own > LIKELY * 255).astype(np.uint8)
-        where = np.flatnonzero(found)
-        region = cv2.connectedComponents(found)[1].ravel()[where]  # of every likely pixel, from 1 on
-        count = 1 + region.max(initial=0)
-        area, (radius, score, judges, ours) = np.bincount(region, minlength=count), np.zeros((4, count))
+        labels = cv2.connectedComponents(found)[1]  # of every likely pixel, from 1 on
         inside = cv2.distanceTransform(found, cv2.DIST_L1, 3, dstType=cv2.CV_8U)
-        np.maximum.at(radius, region, inside.ravel()[where])
+        bands = [np.s_[top : top + 256] for top in range(0, len(found), 256)]  # saves memory
+        radius, score, judges, ours = np.zeros((4, 1 + labels.max()))
+        for band in bands:
+            np.maximum.at(radius, labels[band], inside[band])
+        del inside
+
+        def total(values: np.ndarray, labels: np.ndarray = labels, bands: list = bands, count: int = len(radius)):
+            return sum(np.bincount(labels[band].ravel(), values[band].ravel(), count) for band in bands)
+
         for n, other in enumerate(maps):
             reach = radius * max(other.shape) / max(own.shape)  # px at that size
             tells = (reach > REACH[0]) & (reach < REACH[1]) | (n == 0) & (reach >= REACH[1])
-            values = cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA).ravel()[where]
-            score += tells * np.bincount(region, values, count)
+            score += tells * total(cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA))
             judges, ours = judges + tells, tells if n == number else ours
-        accepted = (ours > 0) & (score > SURE * 255 * judges * area)
-        found.ravel()[where] = 255 * accepted[region]
+        accepted = (ours > 0) & (score > SURE * 255 * judges * total(found))
+        for band in bands:
+            found[band] = 255 * accepted[labels[band]]
+        del labels
         found = cv2.resize(found, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
         mask = cv2.max(mask, cv2.threshold(found, 127, 255, cv2.THRESH_BINARY)[1])
     return cv2.dilate(mask, np.ones((3, 3), np.uint8))
@@ -2478,7 +2486,10 @@ def mend_level(
 
 
 def _restore_plainly(photo: np.ndarray, generator: UNetGenerator, size: tuple[int, int]) -> RestoredPhoto:
-    """The plain recipe's correction of the whole picture at 256 px, made as large as the photograph and added to it."""
+    """The plain recipe's correction of the whole picture at 256 px, made as large as the photograph and added to it.
+
+    To compare with: it takes some 40 bytes a pixel.
+    """
     small = np.asarray(to_pil(photo).resize(size, Image.Resampling.BILINEAR))
     with evaluating(generator):
         seen = _to_tensor([_cut(small, 0, 0)], next(generator.parameters()).device)
@@ -2499,6 +2510,8 @@ def restore_photo(
     uint8 (H, W), what is lighter than half grey in it, and only that. ValueError if the mask has another size, or for
     the plain recipe, which cannot say where it repaints.
     """
+    if mask is not None and (mask.ndim != 2 or mask.dtype != np.uint8):
+        raise ValueError(f"the mask must be uint8 (H, W), not {mask.dtype} {mask.shape}")
     if mask is not None and mask.shape != photo.shape[:2]:
         sizes = [f"{image.shape[1]} x {image.shape[0]} px" for image in (mask, photo)]
         raise ValueError(f"the mask has {sizes[0]}, the photograph {sizes[1]}")
@@ -2528,7 +2541,9 @@ def restore_photo(
         else:
             damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]
         coarser = None
-        for level in levels if damage.any() else levels[:1] + levels[1:][-1:]:
+        levels = levels if damage.any() else levels[:1] + levels[1:][-1:]  # those between are for filling
+        bar.total = bar.n + sum(len(window_starts(w)) * len(window_starts(h)) for h, w, _ in map(np.shape, levels))
+        for level in levels:
             hole = cv2.resize(damage, level.shape[1::-1], interpolation=cv2.INTER_AREA)
             hole = cv2.threshold(hole, 12, 255, cv2.THRESH_BINARY)[1]  # a twentieth of a pixel
             image = mend_level(level, hole, generator, curves, coarser, bar)

@@ -103,15 +103,15 @@ SABOTAGES = (
              "np.ones((5, 5), np.uint8))", "halo"),
     Sabotage("windows change what is large", "            restored = restored - known * _smooth(restored - seen, "
              "known, 16)\n", "            pass\n", "no_seams"),
-    Sabotage("the whole picture's changes are lost", "            seen = seen + tensor(_enlarged, drift, size) + 1\n",
-             "", "whole_picture_says"),
+    Sabotage("the whole picture's changes are lost", "            seen = seen + tensor(_enlarged, drift, size) + 1 "
+             " # 1: it is a difference\n", "", "whole_picture_says"),
     Sabotage("colour in a grey picture", "            if is_grey:\n                image", "            if False:\n"
              "                image", "grey_in_grey_out"),
     Sabotage("a given mask is not trusted", "        if mask is None:\n            damage",
              "        if True:\n            damage", "mask_is_trusted"),
     Sabotage("large holes by windows alone", "            hole = hole * (1 - deep)", "            hole = hole * 1",
              "damage_of_any_size"),
-    Sabotage("a grey print's truth in colour", "        if pair.is_grey:\n", "        if False:\n",
+    Sabotage("a grey print's truth in colour", "        if pair.is_grey or bool(", "        if bool(",
              "paired_with_the_grey"),
     Sabotage("scenes are validated on", "    pairs = [pair for pair in pairs if not pair.is_scene]\n", "",
              "only_trained_on"),
