@@ -943,7 +943,7 @@ def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = 
     aged = cv2.multiply(image, cv2.merge([uneven_light(image.shape, rng)] * 3), dtype=cv2.CV_32F)
     if rng.random() < 0.8:
         aged += film_grain(image.shape, rng)[..., None]
-    aged = cv2.convertScaleAbs(cv2.max(aged, 0))
+    aged = cv2.convertScaleAbs(cv2.max(aged, 0)).reshape(image.shape)  # of a single pixel, OpenCV drops an axis
     for cover, paint in zip(*damage):
         rows, columns = np.nonzero(cover)
         share = cover[rows, columns, None] * np.float32(1 / 255)

@@ -95,8 +95,8 @@ SABOTAGES = (
              "reaches_back"),
     Sabotage("network's values cut off", "* 127.5).round().to(torch.uint8)", "* 127.5).to(torch.uint8)",
              "rounded_to_8_bits or metrics_agree"),
-    Sabotage("restored values cut off", "np.rint(blended) if target.dtype == np.uint8 else blended",
-             "blended", "rounded_to_8_bits"),
+    Sabotage("restored values cut off", "np.rint(both) if target.dtype == np.uint8 else both",
+             "both", "rounded_to_8_bits"),
     Sabotage("fading cut off", "return cv2.multiply(faded, gain, dtype=cv2.CV_8U)",
              "return cv2.multiply(faded, gain, dtype=cv2.CV_32F).astype(np.uint8)", "colorsys"),
     Sabotage("outline of holes kept", "return cv2.dilate(mask, np.ones((3, 3), np.uint8))", "return cv2.erode(mask, "

@@ -24,7 +24,7 @@ class Darker(torch.nn.Module):
         return torch.zeros(len(whole), 11), torch.zeros(len(whole))
 
     def mend(self, images, damage=None):
-        return ru.Restoration((images - self.amount).clamp(-1, 1), images, hole=torch.full_like(images[:, :1], -20.0))
+        return ru.Restoration((images - self.amount).clamp(-1, 1), hole=torch.full_like(images[:, :1], -20.0))
 
 
 def photo(height=80, width=120):
