@@ -573,7 +573,7 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(found), left_out
 
 
-PICTURES_VERSION = 3  # to be raised when draw_portrait or draw_scene paints something else
+PICTURES_VERSION = 4  # to be raised when draw_portrait or draw_scene paints something else
 
 
 def draw_pictures(what: str, count: int, settings: Settings, places: Places) -> list[Path]:
@@ -860,10 +860,15 @@ def damage_mask(shape: Sequence[int], rng: np.random.Generator, settings: Settin
     return np.where(functools.reduce(cv2.max, covers) > 50, 255, 0).astype(np.uint8)
 
 
+def draw_tone(rng: np.random.Generator) -> float:
+    """Of a black-and-white print, from 0 (neutral) to 1 (sepia); -1 for one in colour."""
+    return rng.choice((0.0, rng.uniform(0, 1))) if rng.random() < BLACK_AND_WHITE else -1.0
+
+
 def is_black_and_white(rng: np.random.Generator) -> bool:
     """Whether `age_photo` makes a black-and-white print from this generator state: only grey can then come back."""
     rng.integers(2**63)  # for `draw_damage`
-    return rng.random() < BLACK_AND_WHITE
+    return draw_tone(rng) >= 0
 
 
 def to_grey(image: np.ndarray) -> np.ndarray:
@@ -925,32 +930,36 @@ def film_grain(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     return cv2.resize(small, shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
-    """Ages a photograph by some fifty years. uint8 BGR (H, W, 3) in and out; the input is not changed.
-
-    The lens and the paper (blur, black and white, sepia), the years (fading, uneven light, stains), grain, the hands
-    (dust, scratches, cracks, tears), the scanner (blur, JPEG). `damage_mask` redraws what the hands did,
-    `is_black_and_white` says whether the truth is the grey photograph.
+def age_untouched(image: np.ndarray, rng: np.random.Generator, tone: float) -> np.ndarray:
+    """What becomes of a print that nobody touches: the lens and the paper (blur, `draw_tone`), the years (fading,
+    uneven light, stains), grain. uint8 BGR (H, W, 3) in and out.
     """
-    damage = draw_damage(image.shape, rng)
-    unit = min(image.shape[:2]) / 1000
-    tone = -1.0
-    if rng.random() < BLACK_AND_WHITE:
-        image, tone = to_grey(image), rng.choice((0.0, rng.uniform(0, 1)))
-    if (lens := rng.uniform(0, 1.6) * unit) > 0.3:
+    image = image if tone < 0 else to_grey(image)
+    if (lens := rng.uniform(0, 1.6) * min(image.shape[:2]) / 1000) > 0.3:
         image = cv2.GaussianBlur(image, (0, 0), lens)
     image = fade(image, rng, tone)
     aged = cv2.multiply(image, cv2.merge([uneven_light(image.shape, rng)] * 3), dtype=cv2.CV_32F)
     if rng.random() < 0.8:
         aged += film_grain(image.shape, rng)[..., None]
-    aged = cv2.convertScaleAbs(cv2.max(aged, 0)).reshape(image.shape)  # of a single pixel, OpenCV drops an axis
+    return cv2.convertScaleAbs(cv2.max(aged, 0)).reshape(image.shape)  # of a single pixel, OpenCV drops an axis
+
+
+def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
+    """Ages a photograph by some fifty years. uint8 BGR (H, W, 3) in and out; the input is not changed.
+
+    The lens, the paper, the years and the grain (`age_untouched`), the hands (dust, scratches, cracks, tears), the
+    scanner (blur, JPEG). `damage_mask` redraws what the hands did, `is_black_and_white` says whether the truth is the
+    grey photograph.
+    """
+    damage = draw_damage(image.shape, rng)
+    aged = age_untouched(image, rng, draw_tone(rng))
     for cover, paint in zip(*damage):
         rows, columns = np.nonzero(cover)
         share = cover[rows, columns, None] * np.float32(1 / 255)
         texture = rng.normal(0, 5, (len(rows), 1)).astype(np.float32)
         marked = aged[rows, columns] * (1 - share) + (np.float32(paint) + texture) * share
         aged[rows, columns] = marked.clip(0, 255) + 0.5
-    if (scanner := rng.uniform(0, 1.0) * unit) > 0.3:
+    if (scanner := rng.uniform(0, 1.0) * min(image.shape[:2]) / 1000) > 0.3:
         aged = cv2.GaussianBlur(aged, (0, 0), scanner)
     quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))]
     return cv2.imdecode(cv2.imencode(".jpg", aged, quality)[1], cv2.IMREAD_COLOR)
@@ -1325,7 +1334,7 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
     """A batch of thumbnails for the colour head, faded anew every time: of the same few it learns too little.
 
     From `originals`, uint8 BGR (M, 128, 128, 3): `whole` and `original`, float RGB (N, 3, 64, 64) in [-1, 1]; `known`,
-    (N, 1, 64, 64), 0 where there is damage; `faded`, (N, 2), whether by `distort_colors` and whether by `age_photo`.
+    (N, 1, 64, 64), 0 in holes; `faded`, (N, 2), whether by `distort_colors` and whether by `age_untouched`.
     Some of the originals are pale, and a part of them stays as it is. Halved after the damage, or grain and specks
     would be too coarse.
     """
@@ -1334,15 +1343,20 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
     for _ in range(settings.color_lessons):
         original, kind = originals[rng.integers(len(originals))], kinds[rng.integers(len(kinds))]
         original = make_pale(original, rng) if rng.random() < 0.3 else original
-        pair = Pair(kind, str(rng.integers(2**63)), "", Path(), Path())
-        drawn = np.random.default_rng(pair.seed(settings))
-        degraded = original if kind == "clean" else degrade(original, kind, drawn, settings)
+        degraded, known, tone = original, np.full(original.shape[:2], 255, np.uint8), draw_tone(rng)
+        if kind == "aged":  # but for the hands: they leave little behind that matters here, and take most of the time
+            degraded = age_untouched(original, rng, tone)
+        elif kind == "color":
+            degraded = distort_colors(original, rng, settings)
+        elif kind == "occluded":
+            seed = rng.integers(2**63)
+            degraded = occlude_irregular(original, np.random.default_rng(seed), settings)
+            known -= occlusion_mask(original.shape, np.random.default_rng(seed), settings)
         whole = np.asarray(without_tint(to_pil(degraded)))
-        is_grey = (whole == whole[..., :1]).all()  # no colours can come back
-        is_grey |= kind == "aged" and is_black_and_white(np.random.default_rng(pair.seed(settings)))
+        is_grey = (whole == whole[..., :1]).all() or (kind == "aged" and tone >= 0)  # no colours can come back
         images["whole"].append(whole)
         images["original"].append((to_grey(original) if is_grey else original)[..., ::-1])
-        images["known"].append(255 - pair.mask(original.shape, settings)[..., None])
+        images["known"].append(known[..., None])
         images["faded"].append((kind == "color", kind == "aged"))
     faded = torch.tensor(images.pop("faded")).float()
     stacked = {k: torch.from_numpy(np.stack(v)).permute(0, 3, 1, 2).float() for k, v in images.items()}
@@ -1459,28 +1473,26 @@ def noise_level(detail: Tensor) -> Tensor:
 
 
 class GrainHead(nn.Module):
-    """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN), and specks.
+    """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN).
 
     It sees the image minus its local mean, in units of the image's own noise level: what it learns for one amount of
-    noise holds for another, and it hardly touches a picture without. It starts at zero. What stands out from the
-    noise, and is as small, is dust or a scratch: the same features say where.
+    noise holds for another, and it hardly touches a picture without. It starts at zero.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         first, second = (nn.Conv2d(i, channels, 3, padding=1) for i in (3, channels))
         self.features = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
-        self.noise_and_specks = nn.Conv2d(channels + 3, 3 + 1, 3, padding=1, bias=False)
-        nn.init.zeros_(self.noise_and_specks.weight)
+        self.noise = nn.Conv2d(channels + 3, 3, 3, padding=1, bias=False)
+        nn.init.zeros_(self.noise.weight)
 
-    def forward(self, degraded: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise, (N, 3, 256, 256), in the units of `degraded`, and evidence of specks, logits (N, 1, 256, 256)."""
+    def forward(self, degraded: Tensor) -> Tensor:
+        """The noise, (N, 3, 256, 256), in the units of `degraded`."""
         detail = detail_of(degraded)  # (N, 3, 256, 256)
         level = noise_level(detail)  # (N, 1, 1, 1)
         detail = detail / level.clamp(min=1 / 127.5)  # at least an 8-bit step
         detail = detail.clamp(-6, 6)  # what stands out further is no noise
-        noise, specks = convolve_both(self.noise_and_specks, self.features(detail), detail).float().split([3, 1], 1)
-        return 3 * level * noise, 6 * specks  # 3, 6: learns fast
+        return 3 * level * convolve_both(self.noise, self.features(detail), detail).float()  # 3: learns fast
 
 
 def convolve_both(convolution: nn.Conv2d, features: Tensor, images: Tensor) -> Tensor:
@@ -1571,9 +1583,8 @@ class OutputLayer(nn.Module):
         mixed = F.relu(convolve_both(self.mix, upsampled, recolored))  # (N, C, 256, 256)
         proposals = convolve_both(self.propose, mixed, recolored).float()  # from here on in 32 bits
         correction, repaint, hole = proposals.split([3, 3, 1], 1)
-        grain, specks = self.grain(recolored)
-        without_grain = recolored - grain  # (N, 3, 256, 256)
-        hole = hole + self.detect(recolored) + specks
+        without_grain = recolored - self.grain(recolored)  # (N, 3, 256, 256)
+        hole = hole + self.detect(recolored)
         covered = torch.sigmoid(hole)
         if damage is not None:
             covered = damage
@@ -2070,16 +2081,16 @@ def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Pat
 def heads_loss(restoration: Restoration, original: Tensor, damage: Tensor) -> Tensor:
     """Teaches the generator to find holes and to fill them: `damage`, (N, 1, 256, 256) in [0, 1], is where they are.
 
-    Cross-entropy of the detected against the true holes, where what is thin counts up to four times, and L1 of what is
-    painted into the true ones, times 10 since they are few; a hole counts as one pixel wider. Through the blended
-    output alone, the painter would learn only by way of a detector that is not yet sure.
+    Cross-entropy of the detected against the true holes, where what is thin counts twice, and L1 of what is painted
+    into the true ones, times 10 since they are few; a hole counts as one pixel wider. Through the blended output alone,
+    the painter would learn only by way of a detector that is not yet sure.
     """
     damage = (damage > 0.15).float()
     touched = F.conv2d(damage, damage.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
     hole = (touched > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
     repaint_loss = (hole * (restoration.repainted - original).abs()).mean()
     around = F.interpolate(F.avg_pool2d(hole, 16), scale_factor=16.0)  # a scratch has few pixels, and matters as much
-    found_loss = F.binary_cross_entropy_with_logits(restoration.hole, hole, 1 + 3 * hole * (1 - around))
+    found_loss = F.binary_cross_entropy_with_logits(restoration.hole, hole, 1 + hole * (1 - around))
     return found_loss + 10 * repaint_loss
 
 
@@ -2930,9 +2941,15 @@ def bend_to_sitter(rng: np.random.Generator, image: np.ndarray, sitter: Sitter) 
 
 def develop(rng: np.random.Generator, image: np.ndarray, grain: float) -> np.ndarray:
     """Makes a photograph of a painting, float32 BGR 0..1: its blacks, whites and colours, and grain; uint8 BGR."""
-    low, high = np.quantile(image.min(2)[::4, ::4], 0.005), np.quantile(image.max(2)[::4, ::4], 0.995)
+    lowest, highest = image.min(2)[::4, ::4], image.max(2)[::4, ::4]
+    low, high = np.quantile(lowest, 0.005), np.quantile(highest, 0.995)
+    dark, light = np.median(lowest[: len(lowest) // 6]), np.median(highest[: len(highest) // 6])  # sky or backdrop
     usual = rng.random() < 0.85  # as most photographs: from black to white, not pale; else good ones look faded
     black, white = rng.uniform(0, 0.03 if usual else 0.15), rng.uniform(0.94 if usual else 0.6, 1)
+    if rng.random() < 0.4 and light > np.quantile(highest, 0.6):  # burnt out: flat white with hard edges, and no hole
+        high, white = light * rng.uniform(0.85, 1), rng.uniform(1, 1.1)
+    elif rng.random() < 0.3 and dark < np.quantile(lowest, 0.4):  # drowned in black
+        low, black = dark * rng.uniform(1, 1.2), rng.uniform(-0.05, 0)
     image = black + (image - low) * np.float32((white - black) / max(high - low, 0.2))
     value = image.max(2, keepdims=True)
     image = value - np.float32(rng.uniform(0.6, 1.7) if usual else rng.uniform(0.3, 1.5)) * (value - image)
@@ -3028,6 +3045,8 @@ def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
 
     textures = [_texture(rng, size, colors()) for _ in range(6)]
     image, clouds = textures[0].copy(), cloud_noise(rng, size, 2.2)
+    if rng.random() < 0.3:
+        image[: rng.integers(size // 6, size)] = colors()[0] if rng.random() < 0.3 else rng.choice((0.02, 0.97))  # sky
     count, smallest = int(np.exp(rng.uniform(math.log(8), math.log(250)))), rng.uniform(0.006, 0.05)
     radii = np.sort(np.minimum(smallest * (1 - rng.random(count)) ** -0.8, 0.4))[::-1] * size  # power law
     for radius in radii:

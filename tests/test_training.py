@@ -72,7 +72,7 @@ def test_heads_loss_supervises_detection_everywhere_and_fill_inside_holes(batch)
     batch[2]["hole"][:, :, 50, 60:100] = 0.2  # a fifth is touched,
     batch[2]["hole"][:, :, 20, 60:100] = 0.1  # a tenth is not
     share = np.kron(hole.numpy().reshape(2, 1, 16, 16, 16, 16).mean((3, 5)), np.ones((16, 16)))  # of 16 x 16 px
-    entropy = -((4 - 3 * torch.from_numpy(share)) * hole * p.log() + (1 - hole) * (1 - p).log()).mean()
+    entropy = -((2 - torch.from_numpy(share)) * hole * p.log() + (1 - hole) * (1 - p).log()).mean()
     repaint = 10 * (hole * (restoration.repainted - original).abs()).sum() / original.numel()
     assert torch.isclose(ru.heads_loss(restoration, original, batch[2]["hole"]).double(), entropy + repaint, atol=1e-5)
 
