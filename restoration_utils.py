@@ -346,9 +346,10 @@ def copy_file(source: Path, destination: Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes `content` as JSON, atomically."""
+    """Writes `content` as JSON, atomically; what is not finite becomes null, for which JSON has a word."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(finite, indent=1), encoding="utf-8")
 
 
 class CellLine(io.TextIOBase):
@@ -489,7 +490,9 @@ def _is_incomplete_jpeg(content: bytes, image: Image.Image) -> bool:
         other = np.random.default_rng(0).integers(0, 255, 4096, dtype=np.uint8).tobytes()
         start = start.rstrip(b"\xff")  # with what follows it would be a marker
         with Image.open(io.BytesIO(start + other + b"\xff\xd9")) as changed:
-            return changed.tobytes() != image.tobytes()
+            changed.load()
+            bands = [(0, top, image.width, min(top + 256, image.height)) for top in range(0, image.height, 256)]
+            return any(changed.crop(band).tobytes() != image.crop(band).tobytes() for band in bands)  # saves memory
 
     return is_changed(content[:end]) or (end - begin > 64 and not is_changed(content[: end - 32]))
 

@@ -1,6 +1,8 @@
 """Places, profiles, faces, pairs, splits and loaders."""
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -307,3 +309,9 @@ def test_few_photographs_are_noted(faces, places, monkeypatch, capsys):
     assert "NOTE: 1 original will not teach much" in capsys.readouterr().out
     ru.prepare_pairs(faces, places, dataclasses.replace(TINY, profile="quick"))
     assert "NOTE: 10 originals will not teach much" in capsys.readouterr().out
+
+
+def test_json_holds_no_infinity(tmp_path):
+    ru.write_json(tmp_path / "a.json", {"gain": (1.5, -math.inf, math.nan), "kind": "Infinity"})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"gain": [1.5, None, None], "kind": "Infinity"}
