@@ -114,6 +114,7 @@ class Settings:
     # step 4, pretraining
     pretrain_epochs: int = 10
     pretrain_lr: float = 1e-3  # Adam, PyTorch's default betas
+    heads_lr: float = 3.0  # times pretrain_lr: what looks for grain and holes gets in 400 steps as far as in 1200
     pretrain_lr_step: int = 15  # epochs; like the patience reached only where the epochs are raised
     patience: int = 10  # epochs without a better validation loss before stopping early
     mse_weight: float = 0.1  # beside L1
@@ -922,7 +923,7 @@ def film_grain(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
 
     In pictures of over 1000 px, thousandths of the shorter side.
     """
-    size = rng.uniform(1, 2.5) * max(1, min(shape) / 1000)
+    size = rng.uniform(1, 2.5) * max(1, min(shape[:2]) / 1000)
     strength = np.exp(rng.uniform(math.log(1.5), math.log(14)))
     small = np.empty((math.ceil(shape[0] / size), math.ceil(shape[1] / size)), np.float32)
     cv2.setRNGSeed(int(rng.integers(-(2**31), 2**31)))
@@ -953,16 +954,16 @@ def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = 
     """
     damage = draw_damage(image.shape, rng)
     aged = age_untouched(image, rng, draw_tone(rng))
+    scanner, quality = rng.uniform(0, 1.0) * min(image.shape[:2]) / 1000, int(rng.integers(60, 96))
     for cover, paint in zip(*damage):
         rows, columns = np.nonzero(cover)
         share = cover[rows, columns, None] * np.float32(1 / 255)
         texture = rng.normal(0, 5, (len(rows), 1)).astype(np.float32)
         marked = aged[rows, columns] * (1 - share) + (np.float32(paint) + texture) * share
         aged[rows, columns] = marked.clip(0, 255) + 0.5
-    if (scanner := rng.uniform(0, 1.0) * min(image.shape[:2]) / 1000) > 0.3:
+    if scanner > 0.3:
         aged = cv2.GaussianBlur(aged, (0, 0), scanner)
-    quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))]
-    return cv2.imdecode(cv2.imencode(".jpg", aged, quality)[1], cv2.IMREAD_COLOR)
+    return cv2.imdecode(cv2.imencode(".jpg", aged, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
 
 
 # ====== Degraded folders ==============================================================================================
@@ -1335,8 +1336,8 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
 
     From `originals`, uint8 BGR (M, 128, 128, 3): `whole` and `original`, float RGB (N, 3, 64, 64) in [-1, 1]; `known`,
     (N, 1, 64, 64), 0 in holes; `faded`, (N, 2), whether by `distort_colors` and whether by `age_untouched`.
-    Some of the originals are pale, of some only a part is shown, which may be all red or have no white, and a part of
-    them stays as it is. Halved after the damage, or grain and specks would be too coarse.
+    Some of the originals are pale, of some only a part is shown, which may be all red or have no white, and one in
+    four stays as it is. Halved after the damage, or grain would be too coarse.
     """
 
     def halved(image: np.ndarray) -> np.ndarray:
@@ -1469,25 +1470,20 @@ def detail_of(images: Tensor) -> Tensor:
     return images - local_mean(images)
 
 
-def noise_level(detail: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviation of a picture's `detail`, (N, 3, 256, 256), where it is flattest, and how sure that is noise.
+def block_levels(detail: Tensor) -> Tensor:
+    """Root mean square of `detail`, (N, 3, 256, 256), in every block of 16 x 16 px, (N, 256)."""
+    return F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).clamp(min=1e-12).sqrt()
 
-    Both (N, 1, 1, 1), the first in the units of `detail`. Where a photograph shows nothing, what is left is its noise
-    (block-based, Olsen 1993). Blocks of 16 px without even half an 8-bit step of it are a border or a hole and do not
-    count; with nothing else the level is 0. Where nothing is flat, this is the texture of grass, cloth or stone. That
-    is weaker the finer it is, while noise is white: second differences across both axes (Immerkaer 1996) tell, of which
-    texture has a fifth to two thirds of what noise has.
+
+def noise_level(blocks: Tensor, of: Tensor | None = None) -> Tensor:
+    """A picture's noise, from its `block_levels`, (N, any number), as their value where it is flattest: (N, 1, 1, 1).
+
+    Where a photograph shows nothing, what is left is its noise (block-based, Olsen 1993). Blocks without even half an
+    8-bit step of it are a border or a hole and do not count; with nothing else the level is 0. `of`: from other values
+    of these blocks.
     """
-    finest = detail.new_tensor(((1, -2, 1), (-2, 4, -2), (1, -2, 1))).expand(3, 1, 3, 3) / 6  # of white noise, all
-    with torch.autocast(detail.device.type, enabled=False):
-        finest = F.conv2d(F.pad(detail, (1, 1, 1, 1), mode="reflect"), finest, groups=3)
-
-    def flattest(values: Tensor) -> Tensor:
-        blocks = F.avg_pool2d(values.square().mean(1, keepdim=True), 16).flatten(1).clamp(min=1e-12).sqrt()  # (N, 256)
-        return blocks.where(blocks > 0.5 / 127.5, torch.nan).nanquantile(0.1, dim=1).nan_to_num(0.0)[:, None, None, None]
-
-    level = flattest(detail)
-    return level, doubtless(flattest(finest) / level.clamp(min=1e-6), 0.6, 0.85)
+    counted = (blocks if of is None else of).where(blocks > 0.5 / 127.5, torch.nan)
+    return counted.nanquantile(0.1, dim=1).nan_to_num(0.0)[:, None, None, None]
 
 
 class GrainHead(nn.Module):
@@ -1595,30 +1591,32 @@ class OutputLayer(nn.Module):
             self.propose.weight[:6] *= 0.1
             self.propose.bias.zero_()
 
-    def forward(self, features: Tensor, recolored: Tensor, damage: Tensor | None = None) -> Restoration:
+    def forward(
+        self, features: Tensor, recolored: Tensor, damage: Tensor | None = None, level: Tensor | None = None
+    ) -> Restoration:
         """From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input.
 
-        `damage` (N, 1, 256, 256), 0 or 1, takes the place of what would be detected.
+        `damage` (N, 1, 256, 256), 0 or 1, takes the place of what would be detected, `level` (1, 1, 1, 1) that of the
+        noise level of every image.
         """
         upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
         mixed = F.relu(convolve_both(self.mix, upsampled, recolored))  # (N, C, 256, 256)
         proposals = convolve_both(self.propose, mixed, recolored).float()  # from here on in 32 bits
         correction, repaint, hole = proposals.split([3, 3, 1], 1)
         detail = detail_of(recolored)  # (N, 3, 256, 256)
-        level, sure = noise_level(detail)  # (N, 1, 1, 1)
-        scaled = detail / level.clamp(min=1 / 127.5)  # at least an 8-bit step
-        without_grain = recolored - sure * level * self.grain(scaled)  # (N, 3, 256, 256)
-        hole = hole + self.detect(recolored, detail, scaled)
-        covered = torch.sigmoid(hole)
-        if damage is not None:
-            covered = damage
-        elif not self.training:
-            covered = doubtless(
-                F.max_pool2d(covered, 3, 1, 1), 0.4, 0.6
-            )  # wider by a pixel: its edge is no detail to keep
+        own = noise_level(block_levels(detail))  # (N, 1, 1, 1)
+        level = (own if level is None else level).clamp(min=1 / 127.5)  # at least an 8-bit step
+        without_grain = recolored - level * self.grain(detail / level)  # (N, 3, 256, 256)
+        if damage is None:
+            hole = hole + self.detect(recolored, detail, detail / own.clamp(min=1 / 127.5))
+            covered = torch.sigmoid(hole)
+            if not self.training:  # wider by a pixel: its edge is no detail to keep
+                covered = doubtless(F.max_pool2d(covered, 3, 1, 1), 0.4, 0.6)
+        else:
+            covered, hole = damage, None
         known = (1 - 2 * covered.detach()).clamp(min=0)  # what is rather hole than not is no source to fill from
         surroundings = fill_from_around(without_grain, known)  # (N, 3, 256, 256)
-        limit = 1 - 1 / 255  # half an 8-bit step inside Tanh's open range
+        limit = 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
         kept = torch.tanh(torch.atanh(without_grain.clamp(-limit, limit)) + correction)
         repainted = torch.tanh(torch.atanh(surroundings.clamp(-limit, limit)) + repaint)
         restored = kept + covered * (repainted - kept)
@@ -1681,13 +1679,15 @@ class UNetGenerator(nn.Module):
         """
         check_images(degraded, "the generator")
         if self.plain:
-            return Restoration(self.mend(degraded))
+            return self.mend(degraded)
         with torch.no_grad():
             curves, _ = self.color(F.avg_pool2d(degraded, 4) if whole is None else whole)
         return self.mend(recolor(degraded, curves))
 
-    def mend(self, recolored: Tensor, damage: Tensor | None = None) -> Restoration | Tensor:
-        """All but the colours; where `damage` (N, 1, 256, 256) is given, it is 1 in the holes and 0 elsewhere."""
+    def mend(self, recolored: Tensor, damage: Tensor | None = None, level: Tensor | None = None) -> Restoration:
+        """All but the colours. What is given is not looked for: `damage`, (N, 1, 256, 256), 1 in holes and 0 elsewhere,
+        and the noise `level`, (1, 1, 1, 1).
+        """
         x, maps = recolored, []
         for layer in self.encoder:
             x = layer(x)
@@ -1695,7 +1695,7 @@ class UNetGenerator(nn.Module):
         maps.pop()  # the bottleneck is no skip
         for layer in self.decoder:
             x = torch.cat([whole_gradient(y) for y in (layer(x), maps.pop())], 1)  # (N, 16W, 2, 2) to (N, 2W, 128, 128)
-        return self.output(x).float() if self.plain else self.output(x, recolored, damage)
+        return Restoration(self.output(x).float()) if self.plain else self.output(x, recolored, damage, level)
 
 
 def build_generator(settings: Settings) -> UNetGenerator:
@@ -2040,17 +2040,17 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         network.train(training)
 
 
-def adam(network: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+def adam(
+    network: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999), heads: float = 1.0
+) -> torch.optim.Adam:
     """Adam (Kingma and Ba 2015) for a network's weights, in one pass over them.
 
-    What looks for grain and holes in a generator, a few thousand weights, learns three times as fast: it gets as far in
-    400 steps as else in 1200.
+    What looks for grain and holes in a generator learns `heads` times as fast.
     """
-    heads = [module for module in network.modules() if isinstance(module, GrainHead | HoleHead)]
-    fast = [weight for head in heads for weight in head.parameters()]
-    rest = [weight for weight in network.parameters() if all(weight is not other for other in fast)]
-    groups = [{"params": rest}, {"params": fast, "lr": 3 * lr}]
-    return torch.optim.Adam([group for group in groups if group["params"]], lr, betas, fused=True)
+    fast = {weight for m in network.modules() if isinstance(m, GrainHead | HoleHead) for weight in m.parameters()}
+    parts = [[weight for weight in network.parameters() if (weight in fast) is part] for part in (False, True)]
+    groups = [{"params": part, "lr": lr * factor} for part, factor in zip(parts, (1, heads)) if part]
+    return torch.optim.Adam(groups, lr, betas, fused=True)
 
 
 def average_of(network: nn.Module, decay: float) -> AveragedModel:
@@ -2152,8 +2152,10 @@ def pretrain_step(
     loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
     if run.settings.heads_weight and restoration.hole is not None:
         losses["heads"] = heads_loss(restoration, original, info["hole"])
+        loss = loss + run.settings.heads_weight * losses["heads"]
+    if lesson:
         losses["color"] = color_loss(generator.color, {k: v.to(run.device) for k, v in lesson.items()})
-        loss = loss + run.settings.heads_weight * (losses["heads"] + losses["color"])
+        loss = loss + run.settings.heads_weight * losses["color"]
     precision.update(optimizer, loss)  # zero_grad(), backward(), step()
     return losses
 
@@ -2179,7 +2181,7 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
     s, best = run.settings, run.outputs / "pretrained_generator_best.pth"
     generator.to(run.device, memory_format=torch.channels_last)
     validation_loader, samples = make_loader(validation, s.pretrain_batch, run.device), sample_batch(validation, run)
-    optimizer, precision = adam(generator, s.pretrain_lr), Precision(run.device, s.mixed_precision)
+    optimizer, precision = adam(generator, s.pretrain_lr, heads=s.heads_lr), Precision(run.device, s.mixed_precision)
     scheduler = StepLR(optimizer, s.pretrain_lr_step, s.lr_gamma)
     average, originals = average_of(generator, s.ema), thumbnails(train)  # the average is validated and saved
     state = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
@@ -2247,12 +2249,17 @@ def discriminator_step(
 
 
 def generator_step(
-    discriminator: nn.Module, optimizer: Optimizer, images: Sequence[Tensor], l1_weight: float, precision: Precision
+    discriminator: nn.Module,
+    optimizer: Optimizer,
+    images: Sequence[Tensor],
+    l1_weight: float,
+    precision: Precision,
+    heads: Tensor | float = 0.0,
 ) -> dict[str, Tensor]:
     """One update of the generator, whose output is the second of the `images`: fool the discriminator, and 100 x L1.
 
-    Gradients flow through the discriminator to the generator, but the discriminator itself, its batch-norm statistics
-    included, stays as it is.
+    To L1 is added the loss of its `heads`, which would else forget what a hole is. Gradients flow through the
+    discriminator to the generator, but the discriminator itself, its batch-norm statistics included, stays as it is.
     """
     degraded, restored, original = images
     frozen = {name: value.detach() for name, value in discriminator.named_parameters()}
@@ -2260,7 +2267,7 @@ def generator_step(
     with precision.autocast(discriminator):
         score = torch.func.functional_call(discriminator, frozen, (degraded, restored))
     losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restored, original)}
-    precision.update(optimizer, losses["g_adv"] + l1_weight * losses["g_l1"])
+    precision.update(optimizer, losses["g_adv"] + l1_weight * (losses["g_l1"] + heads))
     return losses
 
 
@@ -2327,12 +2334,13 @@ def train_gan(
                 degraded, original, info = to_device(batch, run.device)
                 train_g = trains_generator(epoch, number, s)
                 with torch.set_grad_enabled(train_g), precision_g.autocast(generator):
-                    restored = generator(degraded, info["whole"])
+                    restoration = generator.restore(degraded, info["whole"])
                 rng = np.random.default_rng(derive_seed(s.seed, "shift", epoch, number))
-                images = shifted((degraded, restored, original), s.shift, rng)
+                images = shifted((degraded, restoration.restored, original), s.shift, rng)
                 losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
                 if train_g:
-                    losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g)
+                    heads = s.heads_weight and s.heads_weight * heads_loss(restoration, original, info["hole"])
+                    losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g, heads)
                     average.update_parameters(generator)
                 precision_g.keep_finite()  # where the generator was not trained
                 means.add(losses, len(degraded))
@@ -2480,6 +2488,7 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
         radius, score, judges, ours = np.zeros((4, 1 + labels.max()))
         for band in bands:
             np.maximum.at(radius, labels[band], inside[band])
+        radius[radius == 255] = np.inf  # or more: 8 bits end there
         del inside
 
         def total(values: np.ndarray, labels: np.ndarray = labels, bands: list = bands, count: int = len(radius)):
@@ -2493,10 +2502,27 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
         accepted = (ours > 0) & (score > SURE * 255 * judges * total(found))
         for band in bands:
             found[band] = 255 * accepted[labels[band]]
-        del labels
+        del labels, total  # it holds them, too
         found = cv2.resize(found, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
         mask = cv2.max(mask, cv2.threshold(found, 127, 255, cv2.THRESH_BINARY)[1])
     return cv2.dilate(mask, np.ones((3, 3), np.uint8))
+
+
+def photo_noise(photo: np.ndarray, curves: Tensor) -> Tensor:
+    """The noise level, (1, 1, 1, 1), of a whole photograph, RGB uint8 (H, W, 3): a window full of grass cannot tell.
+
+    If nothing is flat in all of it, this would be that of grass, cloth or stone, which is weaker the finer it is, while
+    noise is white: of its second differences across both axes (Immerkaer 1996) texture has a fifth to a half. In doubt,
+    there is no noise.
+    """
+    across, blocks = curves.new_tensor(((1, -2, 1), (-2, 4, -2), (1, -2, 1))).expand(3, 1, 3, 3) / 6, []
+    for y in window_starts(photo.shape[0]):
+        for x in window_starts(photo.shape[1]):
+            detail = detail_of(recolor(_to_tensor([_cut(photo, x, y)], curves.device), curves))
+            blocks.append(torch.cat([block_levels(detail), block_levels(F.conv2d(detail, across, padding=1, groups=3))]))
+    levels, differences = torch.cat(blocks, 1).split(1)
+    level = noise_level(levels)
+    return level * doubtless(noise_level(levels, differences) / level.clamp(min=1e-6), 0.4, 0.6)
 
 
 def mend_level(
@@ -2506,7 +2532,7 @@ def mend_level(
 
     `coarser` is what is known from the size before: the restored image, and the large-scale change.
     """
-    size = photo.shape[1::-1]
+    size, level = photo.shape[1::-1], photo_noise(photo, curves)
 
     def look(places: list[tuple[int, int]]) -> Tensor:
         def tensor(cut: Callable, image: np.ndarray, *arguments: object) -> Tensor:
@@ -2520,7 +2546,7 @@ def mend_level(
             deep = 1 - F.max_pool2d(1 - hole, 9, 1, 4)  # 4 px or more inside
             seen = seen + deep * (tensor(_enlarged, image, size) - seen)
             hole = hole * (1 - deep)  # what is narrow is filled at its own size, from both sides
-        restored, known = generator.mend(seen, hole).restored, 1 - hole
+        restored, known = generator.mend(seen, hole, level).restored, 1 - hole
         if coarser:  # windows see no more than themselves: what is large has been mended already
             restored = restored - known * _smooth(restored - seen, known, 16)
         return (restored + 1) * 127.5
@@ -2549,8 +2575,8 @@ def restore_photo(
 
     From the whole picture at 256 px come its colours, what changes slowly across it, and large holes. Then its size is
     doubled, up to its own: at every size the holes are filled from the one before, at its own overlapping windows mend
-    grain, scratches and dust. In one tone, it comes back in grey. Without `fill`, nothing is repainted; with a `mask`,
-    uint8 (H, W), what is lighter than half grey in it, and only that. ValueError if the mask has another size, or for
+    grain, scratches and dust. In one tone, it comes back in grey. With a `mask`, uint8 (H, W), what is lighter than half grey in
+    it is repainted, and only that; without one and without `fill`, nothing. ValueError if the mask has another size, or for
     the plain recipe, which cannot say where it repaints.
     """
     if mask is not None and (mask.ndim != 2 or mask.dtype != np.uint8):
@@ -2593,7 +2619,7 @@ def restore_photo(
             if is_grey:
                 image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
             if coarser is None:
-                before = recolor(_to_tensor([_cut(level, 0, 0)], curves.device), curves)
+                before = recolor(_to_tensor([_cut(level, 0, 0)], curves.device), curves).clamp(-1, 1)
                 before = before[..., : image.shape[0], : image.shape[1]]
                 after = torch.from_numpy(image).to(before).permute(2, 0, 1)[None] / 127.5 - 1
                 known = 1 - torch.from_numpy(hole).to(before)[None, None] / 255
@@ -2618,9 +2644,9 @@ def restore_image_gan(
     for what, path in (("original", source), ("mask", mask)):
         if path and destination.resolve() == Path(path).expanduser().resolve():
             raise ValueError(f"{destination}: the {what} would be overwritten; choose another name for the result")
-    if destination.suffix.lower() not in IMAGE_SUFFIXES:
+    if destination.suffix.lower() not in IMAGE_SUFFIXES or not cv2.haveImageWriter(destination.name):
         raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
-    given = None if mask is None else read_image(Path(mask).expanduser()).max(2)
+    given = None if mask is None else read_mask(Path(mask).expanduser())
     restored = restore_photo(read_image(source), generator, fill, given)
     write_image(destination, restored.image)
     share = "every pixel drawn anew" if generator.plain else f"{restored.repainted.mean() / 255:.2%} repainted"

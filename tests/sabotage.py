@@ -69,7 +69,7 @@ SABOTAGES = (
     Sabotage("generator's StepLR", "            scheduler_g.step()\n", "", "gan_schedules"),
     Sabotage("discriminator's StepLR", "            scheduler_d.step()\n", "", "gan_schedules"),
     Sabotage("every second batch", "or number % 2 == 0", "or True", "gan_schedules"),
-    Sabotage("learning rate, pretraining", "adam(generator, s.pretrain_lr)", "adam(generator, s.generator_lr)",
+    Sabotage("learning rate, pretraining", "adam(generator, s.pretrain_lr,", "adam(generator, s.generator_lr,",
              "every_optimizer"),
     Sabotage("learning rate, discriminator", "adam(discriminator, s.discriminator_lr, s.gan_betas)",
              "adam(discriminator, s.generator_lr, s.gan_betas)", "every_optimizer"),
@@ -99,8 +99,7 @@ SABOTAGES = (
              "both", "rounded_to_8_bits"),
     Sabotage("fading cut off", "return cv2.multiply(faded, gain, dtype=cv2.CV_8U)",
              "return cv2.multiply(faded, gain, dtype=cv2.CV_32F).astype(np.uint8)", "colorsys"),
-    Sabotage("outline of holes kept", "return cv2.dilate(mask, np.ones((3, 3), np.uint8))", "return cv2.erode(mask, "
-             "np.ones((5, 5), np.uint8))", "halo"),
+    Sabotage("outline of holes kept", "return cv2.dilate(mask, np.ones((3, 3), np.uint8))", "return mask", "halo"),
     Sabotage("windows change what is large", "            restored = restored - known * _smooth(restored - seen, "
              "known, 16)\n", "            pass\n", "no_seams"),
     Sabotage("the whole picture's changes are lost", "            seen = seen + tensor(_enlarged, drift, size) + 1 "
@@ -119,8 +118,8 @@ SABOTAGES = (
              'Image.Resampling.BILINEAR, box if image.mode == "RGB" else None))', "windows_show_the_same"),
     Sabotage("in doubt, act", "doubtless(probability, *doubt) if doubting else", "probability if doubting else",
              "only_when_it_is_sure"),
-    Sabotage("damage drawn in another order", "    damage = draw_damage(image.shape, rng)\n    unit =",
-             "    rng.random()\n    damage = draw_damage(image.shape, rng)\n    unit =", "exactly_what_the_hands"),
+    Sabotage("damage drawn in another order", "    damage = draw_damage(image.shape, rng)\n    aged =",
+             "    rng.random()\n    damage = draw_damage(image.shape, rng)\n    aged =", "exactly_what_the_hands"),
     Sabotage("zero_grad", "        optimizer.zero_grad()\n", "", "_step"),
     Sabotage("32 bits for the local mean", "    with torch.autocast(images.device.type, enabled=False):",
              "    if True:", "mixed_precision"),

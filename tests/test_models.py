@@ -122,15 +122,27 @@ def test_doubt_leaves_things_alone():
     assert ru.doubtless(probabilities, 0.5, 0.8).tolist() == pytest.approx([0, 0, 0, 0.5, 1, 1])
 
 
-def test_the_grain_head_starts_at_zero_leaves_flat_pictures_alone_and_scales_with_the_noise():
-    head, flat = ru.GrainHead(4), torch.rand(1, 3, 1, 1).expand(1, 3, 256, 256)
-    image = torch.rand(1, 3, 256, 256) - 0.5
-    assert head(image).abs().max() == 0
+def test_the_grain_head_starts_at_zero_and_leaves_what_has_no_detail_alone():
+    head, detail = ru.GrainHead(4), torch.randn(1, 3, 256, 256)
+    assert head(detail).abs().max() == 0
     with torch.no_grad():
         head.noise.weight.normal_()
-    assert torch.allclose(head(flat), torch.zeros_like(flat), atol=1e-4) and head(image).abs().max() > 0.1
-    assert torch.allclose(head(image), head(image + 0.3), atol=1e-3)
-    assert torch.allclose(head(image) / 2, head(image / 2), atol=1e-3)  # half the noise: half is taken away
+        head.features[0].bias.zero_(), head.features[2].bias.zero_(), head.features[4].bias.zero_()
+    assert head(torch.zeros_like(detail)).abs().max() == 0 and head(detail).abs().max() > 0.1
+
+
+def test_half_the_noise_is_taken_away_where_there_is_half_of_it():
+    layer, noisy = ru.OutputLayer(4, 4).eval(), torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.propose.weight.zero_()
+        layer.detect.hole.bias.fill_(-9)
+        layer.grain.noise.weight.normal_(0, 0.1)
+        taken = [image - layer(torch.zeros(1, 4, 128, 128), image).restored for image in (0.1 * noisy, 0.05 * noisy)]
+    assert taken[0].abs().mean() > 0.01 and torch.allclose(taken[0] / 2, taken[1], atol=2e-3)
+
+
+def level_of(images):
+    return ru.noise_level(ru.block_levels(ru.detail_of(images)))
 
 
 def test_the_noise_level_is_that_of_the_flattest_parts():
@@ -138,14 +150,14 @@ def test_the_noise_level_is_that_of_the_flattest_parts():
     x = torch.linspace(-0.8, 0.8, 256)
     scene = (x[:, None] + torch.where(x > 0, torch.sin(900 * x) / 5, 0.0)).expand(2, 3, 256, 256)  # right half: texture
     sigma = torch.tensor([0.02, 0.1]).view(2, 1, 1, 1)
-    level = ru.noise_level(ru.detail_of(scene + sigma * torch.randn(2, 3, 256, 256, generator=generator)))
+    level = level_of(scene + sigma * torch.randn(2, 3, 256, 256, generator=generator))
     assert level.flatten().tolist() == pytest.approx([0.02, 0.1], rel=0.1)
-    assert ru.noise_level(ru.detail_of(torch.zeros(1, 3, 256, 256))) == 0
+    assert level_of(torch.zeros(1, 3, 256, 256)) == 0
     noisy = 0.1 * torch.randn(1, 3, 256, 256, generator=generator)
     noisy[:, :, :64], noisy[:, :, :, :64] = -1, 0.5  # a black bar and a grey one, as in scans
-    assert ru.noise_level(ru.detail_of(noisy)).item() == pytest.approx(0.1, rel=0.1)
+    assert level_of(noisy).item() == pytest.approx(0.1, rel=0.1)
     black = torch.zeros(1, 3, 256, 256, requires_grad=True)
-    ru.noise_level(ru.detail_of(black)).sum().backward()
+    level_of(black).sum().backward()
     assert torch.isfinite(black.grad).all()
 
 
@@ -154,8 +166,8 @@ def output_layer_with(grain=0.0, hole=-20.0):
     layer = ru.OutputLayer(4, 4)
     with torch.no_grad():
         layer.propose.weight.zero_()
-    layer.grain.forward = lambda degraded: (torch.full_like(degraded, grain), torch.zeros_like(degraded[:, :1]))
-    layer.detect.forward = lambda degraded: hole * torch.ones_like(degraded[:, :1])
+    layer.grain.forward = lambda scaled: torch.full_like(scaled, grain)
+    layer.detect.forward = lambda degraded, detail, scaled: hole * torch.ones_like(degraded[:, :1])
     return layer
 
 
@@ -163,8 +175,8 @@ def test_the_output_layer_denoises_then_fills_holes_from_around():
     features, seen = torch.zeros(1, 4, 128, 128), torch.rand(1, 3, 256, 256) - 0.5
     same = output_layer_with()(features, seen)
     assert torch.allclose(same.restored, seen, atol=1e-5)
-    darker = output_layer_with(grain=0.2)(features, seen)
-    assert torch.allclose(darker.restored, seen - 0.2, atol=1e-5)
+    darker, noisy = output_layer_with(grain=2.0), 0.1 * torch.randn(1, 3, 256, 256)
+    assert torch.allclose(darker(features, noisy).restored, noisy - 0.2, atol=0.03)
     hole = torch.full((1, 1, 256, 256), -20.0)
     hole[:, :, 100:140, 90:150] = 20.0
     grey = torch.where(hole > 0, 1.0, 0.3).expand(1, 3, 256, 256)
@@ -215,27 +227,38 @@ def test_local_means_agree_with_opencv():
     assert np.allclose(ours, cv2.blur(image, (5, 5), borderType=cv2.BORDER_REFLECT_101), atol=1e-5)
 
 
+def looked_at(head, image):
+    """What a hole head says about an image, with a noise level of a tenth."""
+    detail = ru.detail_of(image)
+    return head(image, detail, detail / 0.1)
+
+
 def test_the_hole_head_starts_with_rare_holes_and_can_see_flat_white_black_and_noisy_patches():
     torch.manual_seed(1)
-    head = ru.HoleHead(4)
+    head = ru.HoleHead(4).eval()
     image = 0.6 * torch.rand(1, 3, 256, 256) - 0.3
-    assert torch.allclose(head(image), torch.full((1, 1, 256, 256), -3.0))
+    assert torch.allclose(looked_at(head, image), torch.full((1, 1, 256, 256), -3.0))
     with torch.no_grad():
         head.hole.weight.normal_()
-        before = head(image)
+        before = looked_at(head, image)
         for patch in (0.0, 1.0, -1.0, 2 * torch.rand(1, 3, 40, 40) - 1):  # flat grey, white, black, noise
             damaged = image.clone()
             damaged[:, :, 100:140, 100:140] = patch
-            change = (head(damaged) - before).abs()[0, 0]
+            change = (looked_at(head, damaged) - before).abs()[0, 0]
             assert change[110:130, 110:130].mean() > 0.01 and change[:40, :40].max() < 1e-4  # there, and not far away
 
 
-def test_one_clue_of_the_hole_head_is_colourful_speckle():
+def test_clues_of_the_hole_head_are_colourful_speckle_and_what_stands_out_from_the_grain():
     head, seen = ru.HoleHead(2), []
-    head.features[0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0][:, 8].mean().item()))
-    for channels in (3, 1):  # noise in every channel by itself, and in all alike
-        head((torch.rand(1, channels, 256, 256) - 0.5).expand(1, 3, 256, 256))
-    assert seen[0] > 0.3 and seen[1] == pytest.approx(-1, abs=1e-3)
+    head.features[0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0][0]))
+    image = torch.rand(1, 3, 256, 256) - 0.5
+    line = torch.zeros(1, 1, 256, 256)
+    line[..., 128] = 0.2
+    for picture in (image, image[:, :1].expand(1, 3, 256, 256), line.expand(1, 3, 256, 256)):
+        looked_at(head, picture)
+    assert seen[0][8].mean() > 0.3  # noise in every channel by itself, and in all alike
+    assert seen[1][8].mean().item() == pytest.approx(-1, abs=1e-3)
+    assert seen[2][9:, :, 128].min() > 0.3 and seen[2][9:, :, :120].abs().max() < 0.01
 
 
 def test_filling_from_around_keeps_what_is_known_and_spreads_it_into_holes():

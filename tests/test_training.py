@@ -288,8 +288,8 @@ def test_a_forward_pass_that_overflows_leaves_batch_norm_as_it_was():
 def test_mixed_precision_sees_grain_of_less_than_a_grey_level_as_float32_does():
     clean = ru.image_transform()(ru.to_pil(ru.draw_portrait(np.random.default_rng(0), 256)))[None]
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = ru.noise_level(ru.detail_of(clean))
-    assert torch.equal(mixed, ru.noise_level(ru.detail_of(clean)))
+        mixed = ru.block_levels(ru.detail_of(clean))
+    assert torch.equal(mixed, ru.block_levels(ru.detail_of(clean)))
 
 
 def test_mixed_precision_leaves_out_a_step_whose_gradients_overflow():
@@ -364,19 +364,19 @@ def test_a_pretraining_that_is_not_finished_is_said_before_the_gan_starts_from_i
 
 
 def test_one_overflow_in_float16_does_not_stop_a_training(run, pairs, monkeypatch):
-    """A step is left out; the means are those of the others. The last batch trains the discriminator only."""
+    """A step is left out; the means are those of the others."""
     monkeypatch.setattr(ru, "Precision", lambda *arguments: precision_of(torch.float16))
     restore, calls = ru.UNetGenerator.restore, []
 
-    def overflowing(self, degraded):
+    def overflowing(self, degraded, *whole):
         calls.append(self.training)
-        overflow = self.training and calls.count(True) in (2, 6, 12)
-        return restore(self, degraded * (1e6 if overflow else 1))
+        overflow = self.training and calls.count(True) in (2, 13, 20)
+        return restore(self, degraded * (1e6 if overflow else 1), *whole)
 
     monkeypatch.setattr(ru.UNetGenerator, "restore", overflowing)
     _, history = pretrain(run, pairs)
     generator, _, gan_history = train_gan(with_settings(run, every_second_batch_after=0, gan_epochs=1), pairs)
-    assert calls.count(True) == 12  # six of each stage; the last of the GAN's trains the discriminator only
+    assert calls.count(True) == 21  # two epochs of 5, one of 11; the 20th trains the discriminator only
     for row in [*history, *gan_history]:
         assert all(np.isfinite(value) for value in row.values())
     assert all(tensor.isfinite().all() for tensor in generator.state_dict().values())
@@ -403,8 +403,8 @@ def test_the_average_reaches_back_less_far_over_the_first_steps():
 def test_every_optimizer_gets_its_settings(run, pairs, monkeypatch):
     made, adam = [], ru.adam
 
-    def recording(*arguments):
-        made.append(adam(*arguments))
+    def recording(*arguments, **named):
+        made.append(adam(*arguments, **named))
         return made[-1]
 
     monkeypatch.setattr(ru, "adam", recording)
@@ -412,6 +412,16 @@ def test_every_optimizer_gets_its_settings(run, pairs, monkeypatch):
     train_gan(run, pairs)
     given = [(type(o).__name__, o.defaults["lr"], o.defaults["betas"]) for o in made]
     assert given == [("Adam", 1e-3, (0.9, 0.999)), ("Adam", 1e-4, (0.5, 0.999)), ("Adam", 2e-4, (0.5, 0.999))]
+
+
+def test_what_looks_for_grain_and_holes_learns_three_times_as_fast_and_nothing_is_left_out():
+    generator = ru.build_generator(TINY)
+    rest, fast = ru.adam(generator, 1e-3, heads=3).param_groups
+    heads = [*generator.output.grain.parameters(), *generator.output.detect.parameters()]
+    assert {id(p) for p in fast["params"]} == {id(p) for p in heads}
+    assert len(rest["params"]) + len(heads) == len(list(generator.parameters()))
+    assert (rest["lr"], fast["lr"]) == pytest.approx((1e-3, 3e-3))
+    assert [group["lr"] for group in ru.adam(ru.build_discriminator(TINY), 2e-4).param_groups] == [2e-4]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "gan"])
@@ -485,7 +495,7 @@ def test_gan_schedules_fire_and_its_files_are_there(run, pairs, monkeypatch, cap
     run = with_settings(run, gan_epochs=4, every_second_batch_after=2, checkpoint_every=2, gan_lr_step=3)
     generator, _, history = train_gan(run, pairs)
     assert "FROM SCRATCH" in capsys.readouterr().out
-    assert len(steps) == 6 + 6 + 3 + 3  # 27 pairs in full batches of 4
+    assert len(steps) == 11 + 11 + 6 + 6  # 45 pairs in full batches of 4
     assert [row["lr_g"] for row in history] == pytest.approx([1e-4] * 3 + [1e-5])
     assert [row["lr_d"] for row in history] == pytest.approx([2e-4] * 3 + [2e-5])
     assert history[0].keys() >= {"d_real", "d_fake", "g_adv", "g_l1", "val_l1", "seconds"}
