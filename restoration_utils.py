@@ -2519,7 +2519,8 @@ def photo_noise(photo: np.ndarray, curves: Tensor) -> Tensor:
     for y in window_starts(photo.shape[0]):
         for x in window_starts(photo.shape[1]):
             detail = detail_of(recolor(_to_tensor([_cut(photo, x, y)], curves.device), curves))
-            blocks.append(torch.cat([block_levels(detail), block_levels(F.conv2d(detail, across, padding=1, groups=3))]))
+            finest = F.conv2d(detail, across, padding=1, groups=3)
+            blocks.append(torch.cat([block_levels(detail), block_levels(finest)]))
     levels, differences = torch.cat(blocks, 1).split(1)
     level = noise_level(levels)
     return level * doubtless(noise_level(levels, differences) / level.clamp(min=1e-6), 0.4, 0.6)
@@ -2575,9 +2576,9 @@ def restore_photo(
 
     From the whole picture at 256 px come its colours, what changes slowly across it, and large holes. Then its size is
     doubled, up to its own: at every size the holes are filled from the one before, at its own overlapping windows mend
-    grain, scratches and dust. In one tone, it comes back in grey. With a `mask`, uint8 (H, W), what is lighter than half grey in
-    it is repainted, and only that; without one and without `fill`, nothing. ValueError if the mask has another size, or for
-    the plain recipe, which cannot say where it repaints.
+    grain, scratches and dust. In one tone, it comes back in grey. With a `mask`, uint8 (H, W), what is lighter than
+    half grey in it is repainted, and only that; without one and without `fill`, nothing. ValueError if the mask has
+    another size, or for the plain recipe, which cannot say where it repaints.
     """
     if mask is not None and (mask.ndim != 2 or mask.dtype != np.uint8):
         raise ValueError(f"the mask must be uint8 (H, W), not {mask.dtype} {mask.shape}")
@@ -2646,7 +2647,7 @@ def restore_image_gan(
             raise ValueError(f"{destination}: the {what} would be overwritten; choose another name for the result")
     if destination.suffix.lower() not in IMAGE_SUFFIXES or not cv2.haveImageWriter(destination.name):
         raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
-    given = None if mask is None else read_mask(Path(mask).expanduser())
+    given = None if mask is None else read_image(Path(mask).expanduser()).max(2)
     restored = restore_photo(read_image(source), generator, fill, given)
     write_image(destination, restored.image)
     share = "every pixel drawn anew" if generator.plain else f"{restored.repainted.mean() / 255:.2%} repainted"

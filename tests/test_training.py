@@ -462,8 +462,8 @@ def test_every_epoch_has_an_order_of_its_own_that_holds_every_pair_once(run, pai
     train = ru.split_pairs(pairs, run.settings).pretrain_train
     pretrain(with_settings(run, pretrain_epochs=2), pairs)
     orders = [pair for info in seen for pair in zip(info["kind"], info["name"])]
-    assert len(train) == 24 and len(orders) == 48  # three full batches an epoch
-    first, second = orders[:24], orders[24:]
+    assert len(train) == 40 and len(orders) == 80  # five full batches an epoch
+    first, second = orders[:40], orders[40:]
     assert sorted(first) == sorted(second) == sorted((pair.kind, pair.name) for pair in train) and first != second
 
 
