@@ -1315,64 +1315,6 @@ def training_order(length: int, settings: Settings, stage: str, epoch: int) -> l
     return list(zip(order.tolist(), mirrored.tolist(), views.tolist()))
 
 
-def thumbnails(pairs: Sequence[Pair]) -> np.ndarray:
-    """The originals of the pairs, each once, for `color_lesson`: uint8 BGR (N, 128, 128, 3)."""
-    images, rows = np.load(pairs[0].store, mmap_mode="r"), sorted({pair.row for pair in pairs})
-    small = [images[row, 0, 2::-1].reshape(3, 128, 2, 128, 2).mean((2, 4)).round().astype(np.uint8) for row in rows]
-    return np.ascontiguousarray(np.stack(small).transpose(0, 2, 3, 1))
-
-
-def make_pale(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A picture, uint8 (H, W, 3), as pale and flat as a good photograph may be: nothing that has to be mended."""
-    highest = image.max(2, keepdims=True).astype(np.float32)
-    pale = highest + rng.uniform(0.5, 1) * (image - highest)
-    black = (rng.uniform(0, 0.15) + rng.normal(0, 0.03, 3)).clip(0)
-    white = (1 - rng.uniform(0, 0.2) + rng.normal(0, 0.03, 3)).clip(0, 1)
-    return np.rint(255 * black + (white - black) * pale).clip(0, 255).astype(np.uint8)
-
-
-def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Generator) -> dict[str, Tensor]:
-    """A batch of thumbnails for the colour head, faded anew every time: of the same few it learns too little.
-
-    From `originals`, uint8 BGR (M, 128, 128, 3): `whole` and `original`, float RGB (N, 3, 64, 64) in [-1, 1]; `known`,
-    (N, 1, 64, 64), 0 in holes; `faded`, (N, 2), whether by `distort_colors` and whether by `age_untouched`.
-    Some of the originals are pale, of some only a part is shown, which may be all red or have no white, and one in
-    four stays as it is. Halved after the damage, or grain would be too coarse.
-    """
-
-    def halved(image: np.ndarray) -> np.ndarray:
-        return cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
-
-    kinds = ["clean", *(kind for kind in settings.kinds if kind != "noisy")]  # noise is finer
-    images: dict[str, list] = {"whole": [], "original": [], "known": [], "faded": []}
-    for _ in range(settings.color_lessons):
-        original, kind = originals[rng.integers(len(originals))], kinds[rng.integers(len(kinds))]
-        if rng.random() < 0.15:
-            side = int(128 * rng.uniform(0.35, 0.6))
-            top, left = rng.integers(0, 129 - side, 2)
-            original = cv2.resize(original[top : top + side, left : left + side], (128, 128))
-        original = make_pale(original, rng) if rng.random() < 0.3 else original
-        degraded, known, tone = original, np.full(original.shape[:2], 255, np.uint8), draw_tone(rng)
-        if kind == "aged":  # but for the hands: they leave little behind that matters here, and take most of the time
-            degraded = age_untouched(original, rng, tone)
-        elif kind == "color":
-            degraded = distort_colors(original, rng, settings)
-        elif kind == "occluded":
-            seed = rng.integers(2**63)
-            degraded = occlude_irregular(original, np.random.default_rng(seed), settings)
-            known -= occlusion_mask(original.shape, np.random.default_rng(seed), settings)
-        whole = np.asarray(without_tint(to_pil(halved(degraded))))
-        is_grey = (whole == whole[..., :1]).all() or (kind == "aged" and tone >= 0)  # no colours can come back
-        images["whole"].append(whole)
-        images["original"].append(halved(to_grey(original) if is_grey else original)[..., ::-1])
-        images["known"].append(halved(known)[..., None] == 255)
-        images["faded"].append((kind == "color", kind == "aged"))
-    faded = torch.tensor(images.pop("faded")).float()
-    lesson = {k: torch.from_numpy(np.stack(v)).permute(0, 3, 1, 2).float() for k, v in images.items()}
-    whole, original = lesson["whole"] / 127.5 - 1, lesson["original"] / 127.5 - 1
-    return {"whole": whole, "original": original, "known": lesson["known"], "faded": faded}
-
-
 # ====== Generator =====================================================================================================
 
 
@@ -2107,6 +2049,79 @@ def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Pat
         save_image(rows, temporary, nrow=len(degraded), padding=0, normalize=True, value_range=(-1, 1))
 
 
+# ====== Colour lessons ================================================================================================
+
+
+def thumbnails(pairs: Sequence[Pair]) -> np.ndarray:
+    """The originals of the pairs, each once, for `color_lesson`: uint8 BGR (N, 128, 128, 3)."""
+    images, rows = np.load(pairs[0].store, mmap_mode="r"), sorted({pair.row for pair in pairs})
+    small = [images[row, 0, 2::-1].reshape(3, 128, 2, 128, 2).mean((2, 4)).round().astype(np.uint8) for row in rows]
+    return np.ascontiguousarray(np.stack(small).transpose(0, 2, 3, 1))
+
+
+def make_pale(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), as pale and flat as a good photograph may be: nothing that has to be mended."""
+    highest = image.max(2, keepdims=True).astype(np.float32)
+    pale = highest + rng.uniform(0.5, 1) * (image - highest)
+    black = (rng.uniform(0, 0.15) + rng.normal(0, 0.03, 3)).clip(0)
+    white = (1 - rng.uniform(0, 0.2) + rng.normal(0, 0.03, 3)).clip(0, 1)
+    return np.rint(255 * black + (white - black) * pale).clip(0, 255).astype(np.uint8)
+
+
+def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Generator) -> dict[str, Tensor]:
+    """A batch of thumbnails for the colour head, faded anew every time: of the same few it learns too little.
+
+    From `originals`, uint8 BGR (M, 128, 128, 3): `whole` and `original`, float RGB (N, 3, 64, 64) in [-1, 1]; `known`,
+    (N, 1, 64, 64), 0 in holes; `faded`, (N, 2), whether by `distort_colors` and whether by `age_untouched`.
+    Some of the originals are pale, of some only a part is shown, which may be all red or have no white, and one in
+    four stays as it is. Halved after the damage, or grain would be too coarse.
+    """
+
+    def halved(image: np.ndarray) -> np.ndarray:
+        return cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
+
+    kinds = ["clean", *(kind for kind in settings.kinds if kind != "noisy")]  # noise is finer
+    images: dict[str, list] = {"whole": [], "original": [], "known": [], "faded": []}
+    for _ in range(settings.color_lessons):
+        original, kind = originals[rng.integers(len(originals))], kinds[rng.integers(len(kinds))]
+        if rng.random() < 0.15:
+            side = int(128 * rng.uniform(0.35, 0.6))
+            top, left = rng.integers(0, 129 - side, 2)
+            original = cv2.resize(original[top : top + side, left : left + side], (128, 128))
+        original = make_pale(original, rng) if rng.random() < 0.3 else original
+        degraded, known, tone = original, np.full(original.shape[:2], 255, np.uint8), draw_tone(rng)
+        if kind == "aged":  # but for the hands: they leave little behind that matters here, and take most of the time
+            degraded = age_untouched(original, rng, tone)
+        elif kind == "color":
+            degraded = distort_colors(original, rng, settings)
+        elif kind == "occluded":
+            seed = rng.integers(2**63)
+            degraded = occlude_irregular(original, np.random.default_rng(seed), settings)
+            known -= occlusion_mask(original.shape, np.random.default_rng(seed), settings)
+        whole = np.asarray(without_tint(to_pil(halved(degraded))))
+        is_grey = (whole == whole[..., :1]).all() or (kind == "aged" and tone >= 0)  # no colours can come back
+        images["whole"].append(whole)
+        images["original"].append(halved(to_grey(original) if is_grey else original)[..., ::-1])
+        images["known"].append(halved(known)[..., None] == 255)
+        images["faded"].append((kind == "color", kind == "aged"))
+    faded = torch.tensor(images.pop("faded")).float()
+    lesson = {k: torch.from_numpy(np.stack(v)).permute(0, 3, 1, 2).float() for k, v in images.items()}
+    whole, original = lesson["whole"] / 127.5 - 1, lesson["original"] / 127.5 - 1
+    return {"whole": whole, "original": original, "known": lesson["known"], "faded": faded}
+
+
+def color_loss(head: ColorHead, lesson: Mapping[str, Tensor]) -> Tensor:
+    """Teaches the colour head to say whether colours have faded and to mend them; see `color_lesson`.
+
+    L1 of the recoloured thumbnails outside the holes, and cross-entropy of whether they had faded. To take a good
+    photograph for an aged one counts four times: harm is worse than a photograph that stays as it is.
+    """
+    curves, faded = head(lesson["whole"], doubting=False)
+    recolored = (lesson["known"] * (recolor(lesson["whole"], curves) - lesson["original"]).abs()).mean()
+    weight = 1 + (1 - lesson["faded"]) * lesson["faded"].new_tensor((0, 3))
+    return recolored + 0.1 * F.binary_cross_entropy_with_logits(faded, lesson["faded"], weight)
+
+
 # ====== Pretraining ===================================================================================================
 
 
@@ -2124,18 +2139,6 @@ def heads_loss(restoration: Restoration, original: Tensor, damage: Tensor) -> Te
     around = F.interpolate(F.avg_pool2d(hole, 16), scale_factor=16.0)  # a scratch has few pixels, and matters as much
     found_loss = F.binary_cross_entropy_with_logits(restoration.hole, hole, 1 + hole * (1 - around))
     return found_loss + 10 * repaint_loss
-
-
-def color_loss(head: ColorHead, lesson: Mapping[str, Tensor]) -> Tensor:
-    """Teaches the colour head to say whether colours have faded and to mend them; see `color_lesson`.
-
-    L1 of the recoloured thumbnails outside the holes, and cross-entropy of whether they had faded. To take a good
-    photograph for an aged one counts four times: harm is worse than a photograph that stays as it is.
-    """
-    curves, faded = head(lesson["whole"], doubting=False)
-    recolored = (lesson["known"] * (recolor(lesson["whole"], curves) - lesson["original"]).abs()).mean()
-    weight = 1 + (1 - lesson["faded"]) * lesson["faded"].new_tensor((0, 3))
-    return recolored + 0.1 * F.binary_cross_entropy_with_logits(faded, lesson["faded"], weight)
 
 
 def pretrain_step(
@@ -2404,6 +2407,11 @@ def window_starts(length: int) -> list[int]:
     return np.linspace(0, max(0, length - IMAGE_SIZE), count).round().astype(int).tolist()
 
 
+def count_windows(sizes: Iterable[Sequence[int]]) -> int:
+    """Of all pictures of these sizes, (width, height), together."""
+    return sum(len(window_starts(width)) * len(window_starts(height)) for width, height in sizes)
+
+
 def _cut(image: np.ndarray, x: int, y: int) -> np.ndarray:
     """A window of an image; what lies beyond its edges is mirrored."""
     cut = image[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
@@ -2555,6 +2563,18 @@ def mend_level(
     return _by_windows(photo, look, 3, bar)
 
 
+def large_scale_change(before: np.ndarray, after: np.ndarray, hole: np.ndarray, curves: Tensor) -> np.ndarray:
+    """What restoring changed beside colours, slowly across the whole picture: float32 (h, w, 3), of 255.
+
+    From two RGB images, uint8 (h, w, 3), but for the `hole`, uint8 (h, w), 255 there.
+    """
+    height, width = hole.shape
+    seen = recolor(_to_tensor([_cut(before, 0, 0)], curves.device), curves).clamp(-1, 1)[..., :height, :width]
+    change = torch.from_numpy(after).to(seen).permute(2, 0, 1)[None] / 127.5 - 1 - seen
+    known = 1 - torch.from_numpy(hole).to(seen)[None, None] / 255
+    return 127.5 * _smooth(change, known, 8)[0].permute(1, 2, 0).cpu().numpy()
+
+
 def _restore_plainly(photo: np.ndarray, generator: UNetGenerator, size: tuple[int, int]) -> RestoredPhoto:
     """The plain recipe's correction of the whole picture at 256 px, made as large as the photograph and added to it.
 
@@ -2600,8 +2620,8 @@ def restore_photo(
     is_grey = bool((levels[0] == levels[0][..., :1]).all())
     whole = np.asarray(picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR))
     del picture
-    windows = sum(len(window_starts(w)) * len(window_starts(h)) for w, h in sizes)
-    with evaluating(generator), progress("restoring", windows * (1 if mask is not None else 2), "window") as bar:
+    windows = (1 if mask is not None else 2) * count_windows(sizes)
+    with evaluating(generator), progress("restoring", windows, "window") as bar:
         curves = generator.color(F.avg_pool2d(_to_tensor([whole], next(generator.parameters()).device), 4))[0]
         if is_grey:  # one curve for all
             tones = [values.mean(1, keepdim=True).expand(-1, 3) for values in curves[:, :9].split(3, 1)]
@@ -2612,20 +2632,14 @@ def restore_photo(
             damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]
         coarser = None
         levels = levels if damage.any() else levels[:1] + levels[1:][-1:]  # those between are for filling
-        bar.total = bar.n + sum(len(window_starts(w)) * len(window_starts(h)) for h, w, _ in map(np.shape, levels))
+        bar.total = bar.n + count_windows(level.shape[1::-1] for level in levels)
         for level in levels:
             hole = cv2.resize(damage, level.shape[1::-1], interpolation=cv2.INTER_AREA)
             hole = cv2.threshold(hole, 12, 255, cv2.THRESH_BINARY)[1]  # a twentieth of a pixel
             image = mend_level(level, hole, generator, curves, coarser, bar)
             if is_grey:
                 image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-            if coarser is None:
-                before = recolor(_to_tensor([_cut(level, 0, 0)], curves.device), curves).clamp(-1, 1)
-                before = before[..., : image.shape[0], : image.shape[1]]
-                after = torch.from_numpy(image).to(before).permute(2, 0, 1)[None] / 127.5 - 1
-                known = 1 - torch.from_numpy(hole).to(before)[None, None] / 255
-                drift = 127.5 * _smooth(after - before, known, 8)[0].permute(1, 2, 0).cpu().numpy()
-            coarser = image, drift
+            coarser = image, large_scale_change(level, image, hole, curves) if coarser is None else coarser[1]
     return RestoredPhoto(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), damage)
 
 
