@@ -2125,20 +2125,27 @@ def color_loss(head: ColorHead, lesson: Mapping[str, Tensor]) -> Tensor:
 # ====== Pretraining ===================================================================================================
 
 
-def heads_loss(restoration: Restoration, original: Tensor, damage: Tensor) -> Tensor:
-    """Teaches the generator to find holes and to fill them: `damage`, (N, 1, 256, 256) in [0, 1], is where they are.
+def detection_loss(hole: Tensor, damage: Tensor) -> tuple[Tensor, Tensor]:
+    """Teaches the generator what a hole is: cross-entropy of its logits, (N, 1, 256, 256), against the true holes.
 
-    Cross-entropy of the detected against the true holes, where what is thin counts twice, and L1 of what is painted
-    into the true ones, times 10 since they are few; a hole counts as one pixel wider. Through the blended output alone,
-    the painter would learn only by way of a detector that is not yet sure.
+    `damage`, of the same shape in [0, 1], is where they are. A hole counts as one pixel wider, and what is thin counts
+    twice. Returns the loss and the holes, 0 or 1.
     """
     damage = (damage > 0.15).float()
     touched = F.conv2d(damage, damage.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
-    hole = (touched > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
-    repaint_loss = (hole * (restoration.repainted - original).abs()).mean()
-    around = F.interpolate(F.avg_pool2d(hole, 16), scale_factor=16.0)  # a scratch has few pixels, and matters as much
-    found_loss = F.binary_cross_entropy_with_logits(restoration.hole, hole, 1 + hole * (1 - around))
-    return found_loss + 10 * repaint_loss
+    true = (touched > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
+    around = F.interpolate(F.avg_pool2d(true, 16), scale_factor=16.0)  # a scratch has few pixels, and matters as much
+    return F.binary_cross_entropy_with_logits(hole, true, 1 + true * (1 - around)), true
+
+
+def heads_loss(restoration: Restoration, original: Tensor, damage: Tensor) -> Tensor:
+    """Teaches the generator to find holes, `detection_loss`, and to fill them: L1 of what is painted into the true ones.
+
+    That is times 10, since they are few. Through the blended output alone, the painter would learn only by way of a
+    detector that is not yet sure.
+    """
+    found_loss, true = detection_loss(restoration.hole, damage)
+    return found_loss + 10 * (true * (restoration.repainted - original).abs()).mean()
 
 
 def pretrain_step(
@@ -2257,11 +2264,11 @@ def generator_step(
     images: Sequence[Tensor],
     l1_weight: float,
     precision: Precision,
-    heads: Tensor | float = 0.0,
+    found: Tensor | float = 0.0,
 ) -> dict[str, Tensor]:
     """One update of the generator, whose output is the second of the `images`: fool the discriminator, and 100 x L1.
 
-    To L1 is added the loss of its `heads`, which would else forget what a hole is. Gradients flow through the
+    To L1 is added `found`, its `detection_loss`: it would else forget what a hole is. Gradients flow through the
     discriminator to the generator, but the discriminator itself, its batch-norm statistics included, stays as it is.
     """
     degraded, restored, original = images
@@ -2270,7 +2277,7 @@ def generator_step(
     with precision.autocast(discriminator):
         score = torch.func.functional_call(discriminator, frozen, (degraded, restored))
     losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restored, original)}
-    precision.update(optimizer, losses["g_adv"] + l1_weight * (losses["g_l1"] + heads))
+    precision.update(optimizer, losses["g_adv"] + l1_weight * (losses["g_l1"] + found))
     return losses
 
 
@@ -2342,8 +2349,8 @@ def train_gan(
                 images = shifted((degraded, restoration.restored, original), s.shift, rng)
                 losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
                 if train_g:
-                    heads = s.heads_weight and s.heads_weight * heads_loss(restoration, original, info["hole"])
-                    losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g, heads)
+                    found = s.heads_weight and s.heads_weight * detection_loss(restoration.hole, info["hole"])[0]
+                    losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g, found)
                     average.update_parameters(generator)
                 precision_g.keep_finite()  # where the generator was not trained
                 means.add(losses, len(degraded))
