@@ -2139,10 +2139,10 @@ def detection_loss(hole: Tensor, damage: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def heads_loss(restoration: Restoration, original: Tensor, damage: Tensor) -> Tensor:
-    """Teaches the generator to find holes, `detection_loss`, and to fill them: L1 of what is painted into the true ones.
+    """Teaches the generator to find holes (`detection_loss`) and to fill them.
 
-    That is times 10, since they are few. Through the blended output alone, the painter would learn only by way of a
-    detector that is not yet sure.
+    The latter by L1 of what is painted into the true ones, times 10, since they are few. Through the blended output
+    alone, the painter would learn only by way of a detector that is not yet sure.
     """
     found_loss, true = detection_loss(restoration.hole, damage)
     return found_loss + 10 * (true * (restoration.repainted - original).abs()).mean()
