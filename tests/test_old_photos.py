@@ -66,6 +66,7 @@ def test_sizes_scale_with_the_picture():
         shrunk = cv2.resize(large.astype(np.uint8) * 255, (500, 500), interpolation=cv2.INTER_AREA) > 127
         overlap = (shrunk & cv2.dilate(small.astype(np.uint8), np.ones((5, 5))).astype(bool)).sum()
         assert overlap >= 0.9 * shrunk.sum()
+    assert shrunk.any()  # the last of them, at least
 
 
 def test_a_black_and_white_print_is_in_one_tone_and_about_half_are():
@@ -100,6 +101,11 @@ def test_grain_has_the_strength_and_the_size_that_its_docstring_gives():
         sizes.append((grain[:, 1:] * grain[:, :-1]).mean() / grain.var())
     assert 0.5 < min(levels) < 3 and 8 < max(levels) < 20 and abs(np.mean(levels) - 5) < 3
     assert min(sizes) < 0.5 and 0.5 < max(sizes) < 0.95  # neighbours are alike, more so in coarse grain
+    for seed in range(4):  # in larger pictures, clumps are larger
+        alike = [
+            (g[:, 1:] * g[:, :-1]).mean() / g.var() for g in (ru.film_grain((n, n, 3), rng(seed)) for n in (900, 2500))
+        ]
+        assert alike[1] > alike[0] + 0.1
 
 
 def test_stains_and_uneven_light_are_slow_and_about_one():
@@ -201,7 +207,7 @@ class Stub(nn.Module):
     def color(self, whole):
         return torch.zeros(len(whole), 11), torch.zeros(len(whole))
 
-    def mend(self, seen, damage=None):
+    def mend(self, seen, damage=None, level=None):
         covered = self.find(seen) if damage is None else damage
         restored = self.change(seen) * (1 - covered) + 0.2 * covered
         return ru.Restoration(restored, hole=40 * covered - 20)
@@ -235,7 +241,7 @@ def test_windows_that_disagree_fade_into_each_other():
     values = iter(np.linspace(-0.9, 0.9, 500))
 
     class Painter(Stub):
-        def mend(self, seen, damage=None):
+        def mend(self, seen, damage=None, level=None):
             colors = torch.tensor([next(values) for _ in seen]).float().view(-1, 1, 1, 1)
             return ru.Restoration(colors.expand_as(seen), hole=torch.full_like(seen[:, :1], -20.0))
 
@@ -268,6 +274,35 @@ def test_a_thin_long_scratch_in_a_large_photograph_is_found_whole_and_not_much_m
 
     found = ru.restore_photo(photo, Stub(find=blurred)).repainted > 127
     assert (found & truth).sum() > 0.9 * truth.sum() and found.sum() < 9 * truth.sum()
+
+
+UNCHANGED = torch.zeros(1, 11)  # curves that leave every colour as it is
+
+
+def test_noise_is_that_of_the_whole_photograph_where_it_is_flattest_and_texture_is_none():
+    noise = rng(0).normal(0, 1, (300, 700, 3))
+    grass = np.where(np.arange(700)[None, :, None] < 500, cv2.GaussianBlur(noise, (0, 0), 1) * 120, 0)
+    for sigma in (5, 25):
+        photo = (128 + grass + sigma * noise).clip(0, 255).astype(np.uint8)
+        assert 127.5 * ru.photo_noise(photo, UNCHANGED).item() == pytest.approx(sigma, rel=0.15)
+        small = np.asarray(ru.to_pil(photo[:, 500:]).resize((120, 180), Image.Resampling.BILINEAR))
+        assert 127.5 * ru.photo_noise(small, UNCHANGED).item() > 0.25 * sigma  # made smaller, it is noise still
+    grass = cv2.GaussianBlur(noise, (0, 0), 1) * 120
+    assert ru.photo_noise((128 + grass).clip(0, 255).astype(np.uint8), UNCHANGED) == 0
+    soft = 128 + cv2.GaussianBlur(noise, (0, 0), 3) * 20  # so weak that hardly a block counts, and one sharp patch
+    soft[100:150, 100:150] += 60 * noise[100:150, 100:150]
+    assert 127.5 * ru.photo_noise(soft.clip(0, 255).astype(np.uint8), UNCHANGED).item() < 1
+
+
+def test_highlights_that_recolouring_clips_cast_no_shadow():
+    before = np.full((200, 256, 3), 100, np.uint8)
+    before[:, 128:] = 250
+    brighter = UNCHANGED.clone()
+    brighter[:, 9] = 0.3
+    seen = ru.recolor(torch.from_numpy(before / 127.5 - 1).float().permute(2, 0, 1)[None], brighter)
+    after = ru.to_pixels(seen)[0].permute(1, 2, 0).numpy()
+    assert after[0, 0, 0] > 120 and after[0, -1, 0] == 255
+    assert np.abs(ru.large_scale_change(before, after, np.zeros((200, 256), np.uint8), brighter)).max() < 1
 
 
 def test_what_the_whole_picture_says_about_colours_reaches_the_full_size():
@@ -363,7 +398,7 @@ def test_memory_is_bounded(height, width, everything):
     here = Path(__file__).parent
     command = [sys.executable, "-c", MEMORY, str(here.parent), str(height), str(width), str(everything)]
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    assert int(done.stdout) / 1024 < 20 * 16  # MB, 16 bytes a pixel: the photograph, its sizes, maps of regions
+    assert 1024 * int(done.stdout) < 16 * height * width  # the photograph, its sizes, maps of regions
 
 
 def test_sizes_have_to_agree_about_damage():
