@@ -669,6 +669,16 @@ def distort_colors(image: np.ndarray, rng: np.random.Generator, settings: Settin
     return cv2.multiply(faded, gain, dtype=cv2.CV_8U)  # rounds
 
 
+def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """A number between the two, as likely to be from 1 to 2 as from 10 to 20."""
+    return np.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+def unit_vector(angle: np.ndarray | float) -> np.ndarray:
+    """Unit vectors (..., 2), x and y, of angles in radians."""
+    return np.stack((np.cos(angle), np.sin(angle)), -1)
+
+
 def _polygons(shape: Sequence[int], rng: np.random.Generator, settings: Settings) -> list[np.ndarray]:
     """Corner points, int32 (vertices, 2) as x and y, of random star-shaped polygons inside an image of `shape`."""
     height, width = shape[:2]
@@ -676,7 +686,7 @@ def _polygons(shape: Sequence[int], rng: np.random.Generator, settings: Settings
     for _ in range(settings.polygons):
         vertices = rng.integers(settings.polygon_vertices[0], settings.polygon_vertices[1] + 1)
         angles = np.sort(rng.uniform(0, 2 * math.pi, vertices))
-        points = rng.uniform(0.5, 1, (vertices, 1)) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        points = rng.uniform(0.5, 1, (vertices, 1)) * unit_vector(angles)
         points -= points.min(axis=0)
         size = rng.uniform(*settings.polygon_size) * min(height, width) / 1024
         points *= size / points.max()
@@ -756,7 +766,7 @@ def _draw_scratches(canvas: np.ndarray, rng: np.random.Generator, unit: float) -
     size, direction = np.array(canvas.shape[::-1]), rng.uniform(0, math.pi)
     for _ in range(rng.integers(1, 13)):
         angle = direction + rng.normal(0, 0.15) if rng.random() < 0.7 else rng.uniform(0, math.pi)
-        reach = np.array((math.cos(angle), math.sin(angle))) * np.exp(rng.uniform(math.log(40), math.log(900))) * unit
+        reach = unit_vector(angle) * log_uniform(rng, 40, 900) * unit
         begin = rng.uniform(-0.1, 1.0, 2) * size
         line = jagged_line(begin, begin + reach, rng, rng.choice((0.003, 0.02)))
         opacity, thickness = rng.uniform(0.4, 1), rng.uniform(0.6, 2.6) * unit
@@ -778,7 +788,7 @@ def _draw_cracks(light: np.ndarray, dark: np.ndarray, rng: np.random.Generator, 
             todo.append((begin * size, end * size, rng.uniform(0.01, 0.04), rng.uniform(1, 4) * unit, 0))
         else:
             begin, angle = rng.uniform(0, 1, 2) * size, rng.uniform(0, 2 * math.pi)
-            reach = np.array((math.cos(angle), math.sin(angle))) * rng.uniform(60, 600) * unit
+            reach = unit_vector(angle) * rng.uniform(60, 600) * unit
             todo.append((begin, begin + reach, rng.uniform(0.06, 0.2), rng.uniform(1, 5) * unit, 2))
     while todo:
         begin, end, rough, thickness, branches = todo.pop()
@@ -799,7 +809,7 @@ def _draw_cracks(light: np.ndarray, dark: np.ndarray, rng: np.random.Generator, 
 def _draw_dust(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> None:
     """Specks, a few flakes, and hairs."""
     size = np.array(canvas.shape[::-1])
-    count = int(np.exp(rng.uniform(math.log(5), math.log(250))))
+    count = int(log_uniform(rng, 5, 250))
     places, radii = rng.uniform(0, 1, (count, 2)) * size, rng.exponential(1.0, count).clip(0.4, 4) * unit
     opacities, flats, turns = (rng.uniform(*limits, count) for limits in ((0.4, 1), (0.4, 1), (0, 180)))
     for place, radius, opacity, flat, turn in zip(places, radii, opacities, flats, turns):
@@ -808,7 +818,7 @@ def _draw_dust(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> Non
         cv2.ellipse(canvas, np.rint(16 * place).astype(int).tolist(), axes, turn, 0, 360, strength, -1, cv2.LINE_AA, 4)
     for _ in range(rng.integers(0, 5)):
         begin, angle = rng.uniform(0, 1, 2) * size, rng.uniform(0, 2 * math.pi)
-        reach = np.array((math.cos(angle), math.sin(angle))) * rng.uniform(15, 90) * unit
+        reach = unit_vector(angle) * rng.uniform(15, 90) * unit
         hair = jagged_line(begin, begin + reach, rng, 0.15)
         _draw_line(canvas, hair, rng.uniform(0.4, 0.9), rng.uniform(0.5, 1.5) * unit)
 
@@ -828,7 +838,7 @@ def _draw_tears(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> No
     for _ in range(rng.integers(0, 4)):  # emulsion
         centre, radius = rng.uniform(0, 1, 2) * size, rng.uniform(4, 40) * unit
         angles = np.sort(rng.uniform(0, 2 * math.pi, 9))
-        ring = centre + radius * rng.uniform(0.4, 1, (9, 1)) * np.stack((np.cos(angles), np.sin(angles)), 1)
+        ring = centre + radius * rng.uniform(0.4, 1, (9, 1)) * unit_vector(angles)
         outlines.append(np.vstack([jagged_line(a, b, rng, 0.12)[:-1] for a, b in zip(ring, np.roll(ring, -1, 0))]))
     for outline in outlines:
         cv2.fillPoly(canvas, [np.rint(16 * outline).astype(np.int32)], 255, cv2.LINE_AA, 4)
@@ -908,7 +918,7 @@ def uneven_light(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     for _ in range(rng.integers(0, 4) if rng.random() < 0.4 else 0):  # stains, darker at their rim
         stain, radius = np.zeros(shape[:2], np.uint8), rng.uniform(20, 160) * unit
         centre, angles = rng.uniform(0, 1, 2) * shape[1::-1], np.linspace(0, 2 * math.pi, 13)[:-1]
-        ring = centre + radius * rng.uniform(0.6, 1, (12, 1)) * np.stack((np.cos(angles), np.sin(angles)), 1)
+        ring = centre + radius * rng.uniform(0.6, 1, (12, 1)) * unit_vector(angles)
         cv2.fillPoly(stain, [np.rint(16 * ring).astype(np.int32)], 255, cv2.LINE_AA, 4)
         low, high = np.clip((centre - 1.5 * radius, centre + 1.5 * radius), 0, shape[1::-1]).astype(int)
         part = np.s_[low[1] : high[1], low[0] : high[0]]
@@ -924,7 +934,7 @@ def film_grain(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     In pictures of over 1000 px, thousandths of the shorter side.
     """
     size = rng.uniform(1, 2.5) * max(1, min(shape[:2]) / 1000)
-    strength = np.exp(rng.uniform(math.log(1.5), math.log(14)))
+    strength = log_uniform(rng, 1.5, 14)
     small = np.empty((math.ceil(shape[0] / size), math.ceil(shape[1] / size)), np.float32)
     cv2.setRNGSeed(int(rng.integers(-(2**31), 2**31)))
     cv2.randn(small, 0, strength * min(size, 2.25) ** 0.5)  # the interpolation takes away from it
@@ -1148,7 +1158,7 @@ def draw_views(size: tuple[int, int], settings: Settings, rng: np.random.Generat
     """
     short, views = min(size), [(0.0, 0.0, *map(float, size))]
     for _ in range(settings.windows):
-        scaled = rng.choice((short, math.exp(rng.uniform(math.log(IMAGE_SIZE), math.log(max(short, IMAGE_SIZE + 1))))))
+        scaled = rng.choice((short, log_uniform(rng, IMAGE_SIZE, max(short, IMAGE_SIZE + 1))))
         side = min(short, IMAGE_SIZE * short / scaled)
         left, top = rng.uniform(0, 1, 2) * (size[0] - side, size[1] - side)
         views.append((left, top, left + side, top + side))
@@ -2983,7 +2993,7 @@ def grow_hairs(rng: np.random.Generator, guides: np.ndarray, curl: float) -> tup
     s = np.linspace(0, 1, len(lines))[:, None]
     lines += (s**3 * rng.uniform(-0.25, 0, 320))[..., None] * (lines[-1] - lines[len(lines) // 2])  # uneven ends
     turns = 2 * np.pi * (s * rng.uniform(3, 6, 320) + rng.random(320))
-    lines += curl * np.minimum(1, 4 * s)[..., None] * np.stack((np.cos(turns), np.sin(turns)), -1)
+    lines += curl * np.minimum(1, 4 * s)[..., None] * unit_vector(turns)
     return lines.swapaxes(0, 1), np.clip(0.42 + 0.13 * own[:, 2], 0.05, 1)
 
 
@@ -3076,7 +3086,7 @@ def _texture(rng: np.random.Generator, size: int, colors) -> np.ndarray:
     """A square of cloth, bark, wall, leaves or lettering in two colours, float32 BGR (size, size, 3)."""
     kind, first, second = rng.choice(6, p=(0.2, 0.2, 0.15, 0.25, 0.1, 0.1)), *colors
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
-    angle, period = rng.uniform(0, math.pi), np.exp(rng.uniform(math.log(3), math.log(60))) * size / 512
+    angle, period = rng.uniform(0, math.pi), log_uniform(rng, 3, 60) * size / 512
     u = (x * math.cos(angle) + y * math.sin(angle)) / period
     v = (y * math.cos(angle) - x * math.sin(angle)) / period
     if kind == 0:  # plain, with a soft gradient
@@ -3092,7 +3102,7 @@ def _texture(rng: np.random.Generator, size: int, colors) -> np.ndarray:
         strokes = np.zeros((size, size), np.uint8)
         for _ in range(rng.integers(30, 250)):
             begin, turn = rng.uniform(0, size, 2), angle + rng.normal(0, rng.choice((0.1, 0.4, 2)))
-            end = begin + np.array((math.cos(turn), math.sin(turn))) * rng.uniform(0.05, 0.5) * size
+            end = begin + unit_vector(turn) * rng.uniform(0.05, 0.5) * size
             bend = (begin + end) / 2 + rng.normal(0, 0.03, 2) * size
             line = np.rint(16 * smooth_curve(np.stack((begin, bend, end)))).astype(np.int32)
             cv2.polylines(strokes, [line], False, int(rng.integers(80, 256)), int(rng.integers(1, 3)), cv2.LINE_AA, 4)
@@ -3129,7 +3139,7 @@ def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
     image, clouds = textures[0].copy(), cloud_noise(rng, size, 2.2)
     if rng.random() < 0.3:
         image[: rng.integers(size // 6, size)] = colors()[0] if rng.random() < 0.3 else rng.choice((0.02, 0.97))  # sky
-    count, smallest = int(np.exp(rng.uniform(math.log(8), math.log(250)))), rng.uniform(0.006, 0.05)
+    count, smallest = int(log_uniform(rng, 8, 250)), rng.uniform(0.006, 0.05)
     radii = np.sort(np.minimum(smallest * (1 - rng.random(count)) ** -0.8, 0.4))[::-1] * size  # power law
     for radius in radii:
         centre, corners = rng.uniform(0, size, 2), rng.choice((3, 4, 4, 6, 12, 24))
@@ -3138,7 +3148,7 @@ def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
         else:
             angles = np.linspace(0, 2 * math.pi, corners, endpoint=False) + rng.uniform(0, 6)
         ring = radius * rng.uniform(rng.choice((0.3, 0.9)), 1, (corners, 1))
-        ring = ring * np.stack((np.cos(angles), np.sin(angles)), 1) * (1, rng.choice((1, 1, 0.1, 0.4)))
+        ring = ring * unit_vector(angles) * (1, rng.choice((1, 1, 0.1, 0.4)))
         turn = rng.uniform(0, math.pi)
         ring = centre + ring @ np.array(((math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))))
         ring = smooth_curve(np.vstack((ring, ring[:1])), 4) if rng.random() < 0.5 else ring
