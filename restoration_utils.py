@@ -1442,7 +1442,8 @@ class GrainHead(nn.Module):
     """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN).
 
     It sees the image minus its local mean, in units of the image's own noise level: what it learns for one amount of
-    noise holds for another, and it hardly touches a picture without. It starts at zero.
+    noise holds for another, and it hardly touches a picture without. It starts at zero, and what it takes away has a
+    local mean of zero: it could else be blamed for wrong colours, an error far larger than noise.
     """
 
     def __init__(self, channels: int) -> None:
@@ -1457,7 +1458,7 @@ class GrainHead(nn.Module):
     def forward(self, scaled: Tensor) -> Tensor:
         """From an image's detail in units of its noise level the noise in these units, both (N, 3, 256, 256)."""
         scaled = scaled.clamp(-6, 6)  # what stands out further is no noise
-        return 3 * convolve_both(self.noise, self.features(scaled), scaled).float()  # 3: learns fast
+        return 3 * detail_of(convolve_both(self.noise, self.features(scaled), scaled).float())  # 3: learns fast
 
 
 def convolve_both(convolution: nn.Conv2d, features: Tensor, images: Tensor) -> Tensor:

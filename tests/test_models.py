@@ -129,6 +129,7 @@ def test_the_grain_head_starts_at_zero_and_leaves_what_has_no_detail_alone():
         head.noise.weight.normal_()
         head.features[0].bias.zero_(), head.features[2].bias.zero_(), head.features[4].bias.zero_()
     assert head(torch.zeros_like(detail)).abs().max() == 0 and head(detail).abs().max() > 0.1
+    assert head(detail + 1).mean().abs() < 0.01 * head(detail + 1).abs().mean()  # colours stay
 
 
 def test_half_the_noise_is_taken_away_where_there_is_half_of_it():
