@@ -134,12 +134,12 @@ class Settings:
 
 
 NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16}
-QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 5, "gan_epochs": 2}
+QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2}
 TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
 FULL = Settings()
 PROFILES = {
     "full": FULL,
-    "quick": Settings("quick", max_faces=200, portraits=200, portrait_size=512, scenes=80, **QUICK),
+    "quick": Settings("quick", max_faces=200, portraits=200, portrait_size=512, scenes=120, **QUICK),
     "smoke": Settings("smoke", max_faces=12, portraits=12, portrait_size=128, scenes=2, windows=1, **TINY),
 }
 # The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew, the pair as it is.
@@ -574,7 +574,7 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(found), left_out
 
 
-PICTURES_VERSION = 4  # to be raised when draw_portrait or draw_scene paints something else
+PICTURES_VERSION = 5  # to be raised when draw_portrait or draw_scene paints something else
 
 
 def draw_pictures(what: str, count: int, settings: Settings, places: Places) -> list[Path]:
@@ -1518,29 +1518,28 @@ def fill_from_around(images: Tensor, known: Tensor) -> Tensor:
 
 
 class Restoration(NamedTuple):
-    """What the generator thinks: `restored` is its output, the others are what its heads are supervised by."""
+    """What the generator thinks: `restored` is its output, by `hole` its detector is taught."""
 
     restored: Tensor  # (N, 3, 256, 256) in [-1, 1]
     hole: Tensor | None = None  # (N, 1, 256, 256), logits of the probability that a pixel is physically damaged
-    repainted: Tensor | None = None  # (N, 3, 256, 256) in [-1, 1], what to paint there
 
 
 class OutputLayer(nn.Module):
     """Brings 128 x 128 features to the 256 x 256 image, with the recoloured input itself as one more skip.
 
-    It starts close to the identity and learns to depart from it: less grain, a correction of every pixel; into the
-    holes that it detects goes what is around them, corrected. Corrections are added inside Tanh, so the output lies in
-    [-1, 1] whatever the weights.
+    It starts close to the identity and learns to depart from it: less grain, a correction of every pixel. Into the
+    holes that it detects goes what is around them, and nothing learnt: short trainings paint worse than that. The
+    correction is added inside Tanh, so the output lies in [-1, 1] whatever the weights.
     """
 
     def __init__(self, inputs: int, channels: int) -> None:
         super().__init__()
         self.upsample = nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1)
         self.mix = nn.Conv2d(channels + 3, channels, 3, padding=1)
-        self.propose = nn.Conv2d(channels + 3, 3 + 3 + 1, 3, padding=1)  # correction, repaint, hole
+        self.propose = nn.Conv2d(channels + 3, 3 + 1, 3, padding=1)  # correction, hole
         self.grain, self.detect = GrainHead(channels), HoleHead(channels)
         with torch.no_grad():
-            self.propose.weight[:6] *= 0.1
+            self.propose.weight[:3] *= 0.1
             self.propose.bias.zero_()
 
     def forward(
@@ -1554,7 +1553,7 @@ class OutputLayer(nn.Module):
         upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
         mixed = F.relu(convolve_both(self.mix, upsampled, recolored))  # (N, C, 256, 256)
         proposals = convolve_both(self.propose, mixed, recolored).float()  # from here on in 32 bits
-        correction, repaint, hole = proposals.split([3, 3, 1], 1)
+        correction, hole = proposals.split([3, 1], 1)
         detail = detail_of(recolored)  # (N, 3, 256, 256)
         own = noise_level(block_levels(detail))  # (N, 1, 1, 1)
         level = (own if level is None else level).clamp(min=1 / 127.5)  # at least an 8-bit step
@@ -1570,9 +1569,7 @@ class OutputLayer(nn.Module):
         surroundings = fill_from_around(without_grain, known)  # (N, 3, 256, 256)
         limit = 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
         kept = torch.tanh(torch.atanh(without_grain.clamp(-limit, limit)) + correction)
-        repainted = torch.tanh(torch.atanh(surroundings.clamp(-limit, limit)) + repaint)
-        restored = kept + covered * (repainted - kept)
-        return Restoration(restored, hole, repainted)
+        return Restoration(kept + covered * (surroundings - kept), hole)
 
 
 def check_images(images: Tensor, who: str) -> None:
@@ -1624,7 +1621,7 @@ class UNetGenerator(nn.Module):
         return self.restore(degraded, whole).restored
 
     def restore(self, degraded: Tensor, whole: Tensor | None = None) -> Restoration:
-        """The restored images together with the detected holes and what was painted into them.
+        """The restored images together with the detected holes.
 
         For windows of photographs, `whole` are those at 64 px, (N, 3, 64, 64), from which the colours are judged. That
         is learnt from lessons of its own (`color_lesson`) and not from here.
@@ -2135,33 +2132,23 @@ def color_loss(head: ColorHead, lesson: Mapping[str, Tensor]) -> Tensor:
 # ====== Pretraining ===================================================================================================
 
 
-def detection_loss(hole: Tensor, damage: Tensor) -> tuple[Tensor, Tensor]:
+def detection_loss(hole: Tensor, damage: Tensor) -> Tensor:
     """Teaches the generator what a hole is: cross-entropy of its logits, (N, 1, 256, 256), against the true holes.
 
     `damage`, of the same shape in [0, 1], is where they are. A hole counts as one pixel wider, and what is thin counts
-    twice. Returns the loss and the holes, 0 or 1.
+    twice. Through the blended output alone, a detector that is not yet sure would learn too slowly.
     """
     damage = (damage > 0.15).float()
     touched = F.conv2d(damage, damage.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
     true = (touched > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
     around = F.interpolate(F.avg_pool2d(true, 16), scale_factor=16.0)  # a scratch has few pixels, and matters as much
-    return F.binary_cross_entropy_with_logits(hole, true, 1 + true * (1 - around)), true
-
-
-def heads_loss(restoration: Restoration, original: Tensor, damage: Tensor) -> Tensor:
-    """Teaches the generator to find holes (`detection_loss`) and to fill them.
-
-    The latter by L1 of what is painted into the true ones, times 10, since they are few. Through the blended output
-    alone, the painter would learn only by way of a detector that is not yet sure.
-    """
-    found_loss, true = detection_loss(restoration.hole, damage)
-    return found_loss + 10 * (true * (restoration.repainted - original).abs()).mean()
+    return F.binary_cross_entropy_with_logits(hole, true, 1 + true * (1 - around))
 
 
 def pretrain_step(
     generator: UNetGenerator, optimizer: Optimizer, batch: tuple, lesson: Mapping, run: Run, precision: Precision
 ) -> dict[str, Tensor]:
-    """One update of the generator on L1 + 0.1 MSE + `heads_weight` x (`heads_loss` + `color_loss`).
+    """One update of the generator on L1 + 0.1 MSE + `heads_weight` x (`detection_loss` + `color_loss`).
 
     Returns them one by one. The `lesson` is for the colour head.
     """
@@ -2171,8 +2158,8 @@ def pretrain_step(
     losses = image_losses(restoration.restored, original)
     loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
     if run.settings.heads_weight and restoration.hole is not None:
-        losses["heads"] = heads_loss(restoration, original, info["hole"])
-        loss = loss + run.settings.heads_weight * losses["heads"]
+        losses["holes"] = detection_loss(restoration.hole, info["hole"])
+        loss = loss + run.settings.heads_weight * losses["holes"]
     if lesson:
         losses["color"] = color_loss(generator.color, {k: v.to(run.device) for k, v in lesson.items()})
         loss = loss + run.settings.heads_weight * losses["color"]
@@ -2359,7 +2346,7 @@ def train_gan(
                 images = shifted((degraded, restoration.restored, original), s.shift, rng)
                 losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
                 if train_g:
-                    found = s.heads_weight and s.heads_weight * detection_loss(restoration.hole, info["hole"])[0]
+                    found = s.heads_weight and s.heads_weight * detection_loss(restoration.hole, info["hole"])
                     losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g, found)
                     average.update_parameters(generator)
                 precision_g.keep_finite()  # where the generator was not trained
@@ -2741,7 +2728,7 @@ def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, s
 def plot_pretrain_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
     """The pretraining's L1 + 0.1 MSE, and what the heads learn from, drawn and saved as `path`."""
     curves = {"loss": "training", "val_loss": "validation (averaged weights)"}
-    panels = {"Pretraining: L1 + 0.1 MSE": curves, "holes, found and filled": {"heads": "training"}}
+    panels = {"Pretraining: L1 + 0.1 MSE": curves, "holes, found": {"holes": "training"}}
     return _plot_curves(history, panels | {"colour lessons": {"color": "training"}}, path)
 
 
@@ -2802,6 +2789,8 @@ PORTRAIT_TABLES = _tables("""
     high neck: 0 1.1, .25 1.06, .4 .93
     open neck: 0 1.62, .12 1.48, .3 1.27, .45 1.07
     jacket: .4 1, .42 1.16, .3 1.42, .04 2, 2.2 2.5, 1.7 1.53, 1.2 1.36, .76 1.23, .5 1.1
+    collar: .46 1.02, .3 1.2, .02 1.36, .19 1.6, .36 1.42, .52 1.12
+    tie: 0 1.34, .08 1.36, .055 1.5, .13 2, 0 2.1
     eye: .145 .022, .2 -.038, .278 -.06, .355 -.045, .431 -.008, .431 -.008, .355 .03, .285 .041, .208 .035, .145 .022
     hair volume: 0 -1.6, .6 -1.35, .88 -.8, .97 0, 1 1, 1 2.5
     brow: .11 -.135 .16 -.165, .2 -.18 .25 -.215, .33 -.21 .38 -.235, .46 -.175 .51 -.167
@@ -2947,18 +2936,25 @@ def light_relief(sitter: Sitter, albedo: np.ndarray, height: np.ndarray, size: i
 
 
 def paint_clothes(rng: np.random.Generator, image: np.ndarray, sitter: Sitter, head: np.ndarray) -> None:
-    """Paints plain, striped, checked or dotted clothes, on which the head throws its shadow, and perhaps a jacket."""
-    neck = smooth_curve(PORTRAIT_TABLES[rng.choice(("round neck", "high neck", "open neck"))])
+    """Paints plain, striped, checked or dotted clothes, on which the head throws its shadow, or a suit."""
+    suit = rng.random() < 0.35
+    neck = smooth_curve(PORTRAIT_TABLES["round neck" if suit else rng.choice(("round neck", "high neck", "open neck"))])
     body = smooth_curve(PORTRAIT_TABLES["body"]) * (1.03, 1) - (0, 0.04)
     folds = 0.03 * smooth_noise(rng, 10, 10, RELIEF_SIZE) + 0.006 * smooth_noise(rng, 6, 30, RELIEF_SIZE)
     shade = light_relief(sitter, np.ones(3), np.maximum(head, round_relief(body, 0.5) + folds - 0.1), len(image), 0)
     waves = rng.choice((0, 0, 1), (2, 1)) * rng.uniform(0.12, 0.5) * np.arange(RELIEF_SIZE)  # 0: stripes, or plain
     share = np.clip(4 * np.outer(*np.cos(waves)) - rng.choice((0, 2)), 0, 1)[..., None]
-    first, second, coat = np.float32(rng.choice(PORTRAIT_TABLES["cloth"], 3) / 255)
+    first, second, coat, tie = np.float32(rng.choice(PORTRAIT_TABLES["cloth"], 4) / 255)
+    if suit and rng.random() < 0.7:  # a white shirt: bright, flat and hard-edged, as a hole may be
+        first = second = PORTRAIT_TABLES["cloth"][0].astype(np.float32) / 255
     cloth = cv2.resize(np.float32(first + (second - first) * share), image.shape[:2], interpolation=cv2.INTER_CUBIC)
     paint_shape(image, np.concatenate((neck, body[body[:, 1] > neck[-1, 1] + 0.03])), shade * cloth)
     paint_shape(image, brush_stroke(neck[::8] + (0, 0.06), 0.02), 0.6, 0.6, 0.008, glaze=True)
-    if rng.random() < 0.3:
+    if suit and rng.random() < 0.6:
+        paint_shape(image, PORTRAIT_TABLES["tie"], shade * tie)
+    if suit:
+        paint_shape(image, PORTRAIT_TABLES["collar"] + (0.01, 0.03), 0.5, 0.6, 0.02, glaze=True)  # its shadow
+        paint_shape(image, PORTRAIT_TABLES["collar"], np.minimum(1.1 * shade * first, 1))
         paint_shape(image, PORTRAIT_TABLES["jacket"], shade * coat)
 
 
