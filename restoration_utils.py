@@ -2385,10 +2385,10 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 
 
 # When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `SURE`, at all sizes at which
-# it reaches between the two numbers of `REACH` px from its middle. Where it reaches a twentieth of the picture or more,
-# the second number is enough: little in a photograph looks like a hole and is as large. Chosen by photographs that no
-# training has seen.
-LIKELY, SURE, REACH = 0.25, (0.7, 0.6), (0.4, 40)
+# it reaches between the two numbers of `REACH` px from its middle. With every doubling of its length, from a thirtieth
+# of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long. Chosen
+# by photographs that no training has seen.
+LIKELY, SURE, BONUS, REACH = 0.25, 0.8, 0.07, (0.4, 15)
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2496,10 +2496,11 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
     mask = np.zeros_like(maps[-1])
     for number, own in enumerate(maps):
         found = (own > LIKELY * 255).astype(np.uint8)
-        labels = cv2.connectedComponents(found)[1]  # of every likely pixel, from 1 on
+        _, labels, boxes, _ = cv2.connectedComponentsWithStats(found)  # labels of every likely pixel, from 1 on
+        length = boxes[:, 2:4].max(1) / max(own.shape)
         inside = cv2.distanceTransform(found, cv2.DIST_L1, 3, dstType=cv2.CV_8U)
         bands = [np.s_[top : top + 256] for top in range(0, len(found), 256)]  # saves memory
-        radius, score, judges, ours = np.zeros((4, 1 + labels.max()))
+        radius, score, judges, ours = np.zeros((4, len(length)))
         for band in bands:
             np.maximum.at(radius, labels[band], inside[band])
         radius[radius == 255] = np.inf  # or more: 8 bits end there
@@ -2513,7 +2514,7 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
             tells = (reach > REACH[0]) & (reach < REACH[1]) | (n == 0) & (reach >= REACH[1])
             score += tells * total(cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA))
             judges, ours = judges + tells, tells if n == number else ours
-        sure = np.where(radius >= max(own.shape) / 20, SURE[1], SURE[0])
+        sure = SURE - BONUS * np.log2(np.maximum(1, 30 * length))
         accepted = (ours > 0) & (score > sure * 255 * judges * total(found))
         for band in bands:
             found[band] = 255 * accepted[labels[band]]

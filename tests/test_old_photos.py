@@ -412,3 +412,7 @@ def test_sizes_have_to_agree_about_damage():
     assert not ru.agreed_damage([smaller[0], *map(np.zeros_like, (smaller[1], own))]).any()
     doubtful = [np.uint8(0.55 * level) for level in (*smaller, own)]
     assert not ru.agreed_damage(doubtful).any()
+    line = np.zeros((1024, 1024), np.uint8)
+    line[500:540, 100:900] = 0.6 * 255  # as doubtful, but as long as no speck is
+    sizes = [cv2.resize(line, (n, n), interpolation=cv2.INTER_AREA) for n in (256, 512)]
+    assert ru.agreed_damage([*sizes, line])[505:535, 110:890].min() == 255
