@@ -952,7 +952,7 @@ def age_untouched(image: np.ndarray, rng: np.random.Generator, tone: float) -> n
     aged = cv2.multiply(image, cv2.merge([uneven_light(image.shape, rng)] * 3), dtype=cv2.CV_32F)
     if rng.random() < 0.8:
         aged += film_grain(image.shape, rng)[..., None]
-    return cv2.convertScaleAbs(cv2.max(aged, 0)).reshape(image.shape)  # of a single pixel, OpenCV drops an axis
+    return cv2.convertScaleAbs(np.maximum(aged, 0, out=aged)).reshape(image.shape)  # of one pixel it drops an axis
 
 
 def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
@@ -2386,8 +2386,8 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 
 # When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `SURE`, at all sizes at which
 # it reaches between the two numbers of `REACH` px from its middle. With every doubling of its length, from a thirtieth
-# of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long. Chosen
-# by photographs that no training has seen.
+# of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long.
+# Chosen by photographs that no training has seen.
 LIKELY, SURE, BONUS, REACH = 0.25, 0.8, 0.07, (0.4, 15)
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 

@@ -302,16 +302,19 @@ def logits_of(network: nn.Module, crops: Crops) -> Tensor:
     return (maps * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))
 
 
-def train_classifier(fake: Crops, real: Crops, steps: int, seed: int) -> nn.Module:
-    """A small network whose mean logit says: this is from an original."""
-    rng = np.random.default_rng(seed)
+def build_classifier(seed: int) -> nn.Module:
+    """A small network, untrained, that makes a map of logits of images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
         for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.2)]
-        network = nn.Sequential(*layers, nn.Conv2d(64, 1, 3, padding=1))
-    network.to(memory_format=torch.channels_last)
+        return nn.Sequential(*layers, nn.Conv2d(64, 1, 3, padding=1)).to(memory_format=torch.channels_last)
+
+
+def train_classifier(network: nn.Module, fake: Crops, real: Crops, steps: int, seed: int) -> nn.Module:
+    """Teaches it that its mean logit says: this is from an original."""
+    rng = np.random.default_rng(seed)
     optimizer = ru.adam(network, 1e-3)
     labels = torch.arange(2).repeat_interleave(16).float()
     for _ in range(steps):
@@ -358,14 +361,19 @@ def auc_by_face(fake: Crops, real: Crops, steps: int = 300, folds: int = 4) -> l
     if len(faces) < 2:
         return []
     folds, logits = min(folds, len(faces)), torch.zeros(2, len(real.face))
-    with one_thread():
-        detail = ((10 * ru.detail_of(c.images)).to(memory_format=torch.channels_last) for c in (fake, real))
-        sets = [crops._replace(images=images) for crops, images in zip((fake, real), detail)]
-        for fold in range(folds):
-            held_out = torch.isin(real.face, faces[fold::folds])
-            network = train_classifier(*(crops.at(~held_out) for crops in sets), steps, fold)
+    detail = ((10 * ru.detail_of(c.images)).to(memory_format=torch.channels_last) for c in (fake, real))
+    sets = [crops._replace(images=images) for crops, images in zip((fake, real), detail)]
+    networks = [build_classifier(fold) for fold in range(folds)]
+
+    def judge(fold: int) -> None:
+        held_out = torch.isin(real.face, faces[fold::folds])
+        with one_thread():
+            network = train_classifier(networks[fold], *(crops.at(~held_out) for crops in sets), steps, fold)
             with torch.no_grad():
                 logits[:, held_out] = torch.stack([logits_of(network, crops.at(held_out)) for crops in sets])
+
+    for _ in ru.in_parallel(judge, range(folds)):
+        pass
     return [area_under_curve(*logits[:, real.face == face]) for face in faces]
 
 
