@@ -23,7 +23,7 @@ class Darker(torch.nn.Module):
     def color(self, whole):
         return torch.zeros(len(whole), 11), torch.zeros(len(whole))
 
-    def mend(self, images, damage=None):
+    def mend(self, images, damage=None, level=None):
         return ru.Restoration((images - self.amount).clamp(-1, 1), hole=torch.full_like(images[:, :1], -20.0))
 
 
