@@ -2204,7 +2204,7 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
             means = Means(f"pretrain, epoch {epoch}", precision)
             rng = np.random.default_rng(derive_seed(s.seed, "colour lessons", epoch))
             for batch in stage.batches():
-                lesson = color_lesson(originals, s, rng) if s.color_lessons else {}
+                lesson = {} if generator.plain or not s.color_lessons else color_lesson(originals, s, rng)
                 losses = pretrain_step(generator, optimizer, batch, lesson, run, precision)
                 average.update_parameters(generator)
                 means.add(losses, len(batch[0]))
@@ -2346,7 +2346,9 @@ def train_gan(
                 images = shifted((degraded, restoration.restored, original), s.shift, rng)
                 losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
                 if train_g:
-                    found = s.heads_weight and s.heads_weight * detection_loss(restoration.hole, info["hole"])
+                    found = 0.0
+                    if s.heads_weight and not generator.plain:
+                        found = s.heads_weight * detection_loss(restoration.hole, info["hole"])
                     losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g, found)
                     average.update_parameters(generator)
                 precision_g.keep_finite()  # where the generator was not trained
@@ -2538,6 +2540,8 @@ def photo_noise(photo: np.ndarray, curves: Tensor) -> Tensor:
             finest = F.conv2d(detail, across, padding=1, groups=3)
             blocks.append(torch.cat([block_levels(detail), block_levels(finest)]))
     levels, differences = torch.cat(blocks, 1).split(1)
+    if (levels > 0.5 / 127.5).float().mean() < 0.1:  # the few that would count are not the flattest, but what is sharp
+        return levels.new_zeros(1, 1, 1, 1)
     level = noise_level(levels)
     return level * doubtless(noise_level(levels, differences) / level.clamp(min=1e-6), 0.4, 0.6)
 
