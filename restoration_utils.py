@@ -235,7 +235,7 @@ def start() -> tuple[Settings, Places, torch.device]:
     if in_notebook():  # as PNG, the many photographs would make notebooks of several megabytes
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 80})
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 70, "optimize": True, "progressive": True})
     warnings.filterwarnings("ignore", module="PIL")  # about pictures' metadata, in the middle of a progress bar
     keep_freed_memory()
     is_on("RESTORATION_STRICT")  # a wrong value is an error now, not after the training
@@ -2699,13 +2699,13 @@ def show_images(columns: Sequence[Sequence], rows: Sequence[str], captions: Sequ
     return figure
 
 
-def show_samples(samples: Mapping[str, Path]) -> plt.Figure:
-    """The faces to follow, from files of `save_samples` by label: degraded, restored in each of them, original."""
+def show_samples(samples: Mapping[str, Path], columns: int | None = None) -> plt.Figure:
+    """The first `columns` (default: all) of files of `save_samples` by label: degraded, restored in each, original."""
     grids = [np.asarray(open_image(path)) for path in samples.values()]
     strips = [grids[0][:IMAGE_SIZE], *(grid[IMAGE_SIZE:-IMAGE_SIZE] for grid in grids), grids[0][-IMAGE_SIZE:]]
-    width = min(strip.shape[1] for strip in strips)
-    columns = [[strip[:, x : x + IMAGE_SIZE] for strip in strips] for x in range(0, width, IMAGE_SIZE)]
-    return show_images(columns, ["degraded", *samples, "original"])
+    starts = range(0, min(strip.shape[1] for strip in strips), IMAGE_SIZE)[:columns]
+    crops = [[strip[:, x : x + IMAGE_SIZE] for strip in strips] for x in starts]
+    return show_images(crops, ["degraded", *samples, "original"])
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
