@@ -1,16 +1,16 @@
 """Face and old-photo restoration: the one helper module of the six notebooks.
 
-Read it from top to bottom beside the notebooks; every section calls only what stands above it, but for the portraits:
+Read it from top to bottom beside the notebooks; every section calls only what stands above it, but for the appendix:
 
     settings and places, files              all notebooks
-    faces, degradation                      01
+    faces, degradation, ageing              01
     data                                    02
     generator, discriminator                03
     checkpoints, training, pretraining      04
     GAN training                            05
     restoration                             06
     figures                                 02 to 06
-    appendix: the synthetic portraits       01
+    appendix: synthetic portraits, scenes   01
 
 Conventions: image files and the degradations hold uint8 BGR arrays (H, W, 3), as OpenCV does; networks see float RGB
 tensors (N, 3, 256, 256) in [-1, 1]. Importing this module has no side effects.
@@ -86,7 +86,7 @@ class Settings:
     polygons: int = 3  # holes in an occluded image
     polygon_vertices: tuple[int, int] = (6, 10)
     polygon_size: tuple[float, float] = (80.0, 200.0)  # px, longer side of the bounding box, in a 1024 px image
-    jpeg_quality: int = 95  # 4:4:4; lower, or with subsampled colour, JPEG would be a fourth degradation
+    jpeg_quality: int = 95  # 4:4:4; lower, or with subsampled colour, JPEG would be one more degradation
 
     # step 2, data
     pretrain_validation: float = 0.2  # share of the originals
@@ -135,11 +135,13 @@ class Settings:
 
 NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16}
 QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2}
+LONG = QUICK | {"full_resolution_channels": 24, "pretrain_epochs": 12, "pretrain_lr_step": 9}
 TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
 FULL = Settings()
 PROFILES = {
     "full": FULL,
     "quick": Settings("quick", max_faces=200, portraits=200, portrait_size=512, scenes=120, **QUICK),
+    "long": Settings("long", max_faces=400, portraits=400, portrait_size=512, scenes=240, **LONG),
     "smoke": Settings("smoke", max_faces=12, portraits=12, portrait_size=128, scenes=2, windows=1, **TINY),
 }
 # The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew, the pair as it is.
@@ -574,7 +576,7 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(found), left_out
 
 
-PICTURES_VERSION = 5  # to be raised when draw_portrait or draw_scene paints something else
+PICTURES_VERSION = 6  # to be raised when draw_portrait or draw_scene paints something else
 
 
 def draw_pictures(what: str, count: int, settings: Settings, places: Places) -> list[Path]:
@@ -725,7 +727,7 @@ def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Set
 
 # ====== Ageing ========================================================================================================
 
-# What fifty years do to a print, in the order in which they do it. Lengths are in thousandths of the shorter side, so a
+# What fifty years do to a print. Lengths are in thousandths of the shorter side, so a
 # photograph ages alike at every size. The list of faults follows Wan et al. 2020 (old photos brought back to life), the
 # fading of dyes Wilhelm 1993 (each at its own rate), the shape of scratches Kokaram 1998.
 
@@ -1122,9 +1124,9 @@ def degrade_folder(
             _check_space([pairs[0].original for pairs in todo], folder, settings)
             reasons = in_parallel(work, todo, "degrading", "original", workers)
             failed = {pairs[0].name: reason for pairs, reason in zip(todo, reasons) if reason}
-    if len(failed) == len(originals):
-        raise ValueError("\n  ".join(["no original could be read:", *(f"{n}: {why}" for n, why in failed.items())]))
     pairs = [pair for pair in planned if pair.name not in failed]
+    if all(pair.is_scene for pair in pairs):
+        raise ValueError("\n  ".join(["no original could be read:", *(f"{n}: {why}" for n, why in failed.items())]))
     return DegradeReport(len(todo) - len(failed), len(originals) - len(todo), {**faces.left_out, **failed}, pairs)
 
 
@@ -1557,7 +1559,8 @@ class OutputLayer(nn.Module):
         detail = detail_of(recolored)  # (N, 3, 256, 256)
         own = noise_level(block_levels(detail))  # (N, 1, 1, 1)
         level = (own if level is None else level).clamp(min=1 / 127.5)  # at least an 8-bit step
-        without_grain = recolored - level * self.grain(detail / level)  # (N, 3, 256, 256)
+        limit = 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
+        without_grain = (recolored - level * self.grain(detail / level)).clamp(-limit, limit)  # (N, 3, 256, 256)
         if damage is None:
             hole = hole + self.detect(recolored, detail, detail / own.clamp(min=1 / 127.5))
             covered = torch.sigmoid(hole)
@@ -1567,8 +1570,7 @@ class OutputLayer(nn.Module):
             covered, hole = damage, None
         known = (1 - 2 * covered.detach()).clamp(min=0)  # what is rather hole than not is no source to fill from
         surroundings = fill_from_around(without_grain, known)  # (N, 3, 256, 256)
-        limit = 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
-        kept = torch.tanh(torch.atanh(without_grain.clamp(-limit, limit)) + correction)
+        kept = torch.tanh(torch.atanh(without_grain) + correction)
         return Restoration(kept + covered * (surroundings - kept), hole)
 
 
@@ -2390,7 +2392,7 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 # it reaches between the two numbers of `REACH` px from its middle. With every doubling of its length, from a thirtieth
 # of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long.
 # Chosen by photographs that no training has seen.
-LIKELY, SURE, BONUS, REACH = 0.25, 0.8, 0.07, (0.4, 15)
+LIKELY, SURE, BONUS, REACH = 0.25, 0.7, 0.07, (0.4, 15)
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2569,7 +2571,7 @@ def mend_level(
             hole = hole * (1 - deep)  # what is narrow is filled at its own size, from both sides
         restored, known = generator.mend(seen, hole, level).restored, 1 - hole
         if coarser:  # windows see no more than themselves: what is large has been mended already
-            restored = restored - known * _smooth(restored - seen, known, 16)
+            restored = restored - known * _smooth(restored - seen.clamp(-1, 1), known, 16)
         return (restored + 1) * 127.5
 
     return _by_windows(photo, look, 3, bar)
@@ -2604,16 +2606,20 @@ def _restore_plainly(photo: np.ndarray, generator: UNetGenerator, size: tuple[in
 def restore_photo(
     photo: np.ndarray, generator: UNetGenerator, fill: bool = True, mask: np.ndarray | None = None
 ) -> RestoredPhoto:
-    """Restores a photograph, uint8 BGR (H, W, 3), at its own size.
+    """Restores a photograph, uint8 BGR (H, W, 3), at its own size: the result, and a mask of what was repainted.
 
-    From the whole picture at 256 px come its colours, what changes slowly across it, and large holes. Then its size is
-    doubled, up to its own: at every size the holes are filled from the one before, at its own overlapping windows mend
-    grain, scratches and dust. In one tone, it comes back in grey. With a `mask`, uint8 (H, W), what is lighter than
-    half grey in it is repainted, and only that; without one and without `fill`, nothing. ValueError if the mask has
-    another size, or for the plain recipe, which cannot say where it repaints.
+    The whole picture at 256 px gives colours, slow changes of light, and large holes. Then the size is doubled, up to
+    its own: at every size the holes are filled from the one before, and overlapping windows mend grain, scratches and
+    dust. A photograph in one tone (grey, sepia) comes back in neutral grey, but from the plain recipe.
+
+    Damage is looked for and repainted. With a `mask`, uint8 (H, W), exactly what is lighter than half grey in it is;
+    with fill=False nothing is. ValueError if the photograph or the mask has another shape or type, or for the plain
+    recipe, which cannot say where it repaints.
     """
-    if mask is not None and (mask.ndim != 2 or mask.dtype != np.uint8):
-        raise ValueError(f"the mask must be uint8 (H, W), not {mask.dtype} {mask.shape}")
+    for what, image, ndim in (("photograph", photo, 3), ("mask", mask, 2)):
+        if image is not None and (image.ndim != ndim or image.dtype != np.uint8):
+            shape = ("(H, W)", "(H, W, 3)")[ndim - 2]
+            raise ValueError(f"the {what} must be uint8 {shape}, not {image.dtype} {image.shape}")
     if mask is not None and mask.shape != photo.shape[:2]:
         sizes = [f"{image.shape[1]} x {image.shape[0]} px" for image in (mask, photo)]
         raise ValueError(f"the mask has {sizes[0]}, the photograph {sizes[1]}")
@@ -2627,8 +2633,7 @@ def restore_photo(
     picture = to_pil(photo)
     del photo  # a large one takes much memory
     picture = without_tint(picture)
-    levels = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) for size in sizes[:-1]]
-    levels.append(np.asarray(picture))
+    levels = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) for size in sizes]
     is_grey = bool((levels[0] == levels[0][..., :1]).all())
     whole = np.asarray(picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR))
     del picture
@@ -2636,8 +2641,7 @@ def restore_photo(
     with evaluating(generator), progress("restoring", windows, "window") as bar:
         curves = generator.color(F.avg_pool2d(_to_tensor([whole], next(generator.parameters()).device), 4))[0]
         if is_grey:  # one curve for all
-            tones = [values.mean(1, keepdim=True).expand(-1, 3) for values in curves[:, :9].split(3, 1)]
-            curves = torch.cat([*tones, curves[:, 9:]], 1)
+            curves[:, :9] = curves[:, :9].view(1, 3, 3).mean(2).repeat_interleave(3, 1)
         if mask is None:
             damage = agreed_damage([damage_probabilities(level, generator, curves, bar) for level in levels])
         else:
@@ -2671,7 +2675,8 @@ def restore_image_gan(
     for what, path in (("original", source), ("mask", mask)):
         if path and destination.resolve() == Path(path).expanduser().resolve():
             raise ValueError(f"{destination}: the {what} would be overwritten; choose another name for the result")
-    if destination.suffix.lower() not in IMAGE_SUFFIXES or not cv2.haveImageWriter(destination.name):
+    suffix = destination.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES or (suffix not in JPEG_SUFFIXES and not cv2.haveImageWriter(destination.name)):
         raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
     given = None if mask is None else read_image(Path(mask).expanduser()).max(2)
     restored = restore_photo(read_image(source), generator, fill, given)
@@ -2907,6 +2912,8 @@ def paint_backdrop(rng: np.random.Generator, size: int) -> np.ndarray:
     for across, down, radius in rng.integers((0, 0, 4), (128, 128, 12), (8 * (rng.random() < 0.3), 3)).tolist():
         cv2.circle(image, (across, down), radius, (wall * rng.uniform(1, 1.3) + 0.1).tolist(), -1)
     image = cv2.resize(cv2.blur(np.float32(image.clip(0.02, 1)), (5, 5)), (size, size), interpolation=cv2.INTER_CUBIC)
+    if rng.random() < 0.25:
+        paint_bars(rng, image, lambda: np.float32(rng.choice((0.02, 0.3, 0.6, 0.99)) + rng.normal(0, 0.02, (2, 3))))
     for _ in range(rng.integers(1, 4) * (rng.random() < 0.4)):  # their edges are no damage
         left, top, wide, high = (rng.uniform((0, 0, 0.05, 0.1), (0.95, 0.7, 0.35, 0.5)) * size).astype(int)
         image[top : top + high, left : left + wide] = rng.choice((0.02, 0.3, 0.6, 0.99)) + rng.normal(0, 0.02, 3)
@@ -3047,6 +3054,8 @@ def develop(rng: np.random.Generator, image: np.ndarray, grain: float) -> np.nda
     image = black + (image - low) * np.float32((white - black) / max(high - low, 0.2))
     value = image.max(2, keepdims=True)
     image = value - np.float32(rng.uniform(0.6, 1.7) if usual else rng.uniform(0.3, 1.5)) * (value - image)
+    if rng.random() < 0.4:  # sharpened by a camera or a scanner: a bright seam along an edge is no crack
+        image += rng.uniform(0.2, 1.2) * (image - cv2.GaussianBlur(image, (0, 0), rng.uniform(0.7, 2)))
     image += grain * rng.standard_normal((*image.shape[:2], 1), np.float32)
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -3119,6 +3128,30 @@ def _texture(rng: np.random.Generator, size: int, colors) -> np.ndarray:
     return first + (second - first) * np.float32(share)[..., None]
 
 
+def paint_bars(rng: np.random.Generator, image: np.ndarray, colors: Callable[[], tuple]) -> None:
+    """Beams, masts, horizons or the bars of a window: long and straight, round or bevelled, mostly upright or level.
+
+    Into an image, float32 BGR 0..1 (size, size, 3). Without them a straight bright line would always be a scratch.
+    """
+    size, turn, usual = len(image), rng.normal(0, 0.02), colors()[0]
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+    thick, long = log_uniform(rng, 0.8, 14) * size / 512, log_uniform(rng, 0.2, 3) * size
+    corner, apart = rng.uniform(0, size, 2), log_uniform(rng, 0.04, 0.4) * size
+    window = rng.random() < 0.4
+    for number in range(int(log_uniform(rng, 1, 16))):
+        angle = turn + math.pi / 2 * rng.integers(2) if window or rng.random() < 0.8 else rng.uniform(0, math.pi)
+        centre = corner + apart * (number // 2) if window else rng.uniform(0, size, 2)
+        if not window:
+            thick, long = log_uniform(rng, 0.8, 14) * size / 512, log_uniform(rng, 0.2, 3) * size
+        (ux, uy), soft = unit_vector(angle), rng.choice((1.0, rng.uniform(1, 4)))
+        along, across = (x - centre[0]) * ux + (y - centre[1]) * uy, (y - centre[1]) * ux - (x - centre[0]) * uy
+        cover = np.clip((thick / 2 - np.abs(across)) / soft + 0.5, 0, 1) * np.clip(long / 2 - np.abs(along) + 0.5, 0, 1)
+        side = np.clip(2 * across / thick, -1, 1)  # from one edge of the bar to the other
+        relief = rng.uniform(-0.5, 0.5) * rng.choice((side, np.sign(side), 1 - 2 * side**2))
+        paint = usual if rng.random() < 0.7 else colors()[0]
+        image += (cover * min(1, thick))[..., None] * (paint * (1 + relief[..., None]) - image)
+
+
 def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
     """Paints dead leaves (Lee, Mumford and Huang 2001): textured shapes of power-law sizes that hide each other.
 
@@ -3143,7 +3176,11 @@ def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
         image[: rng.integers(size // 6, size)] = colors()[0] if rng.random() < 0.3 else rng.choice((0.02, 0.97))  # sky
     count, smallest = int(log_uniform(rng, 8, 250)), rng.uniform(0.006, 0.05)
     radii = np.sort(np.minimum(smallest * (1 - rng.random(count)) ** -0.8, 0.4))[::-1] * size  # power law
-    for radius in radii:
+    bars = rng.integers(0, count, rng.choice((0, 0, 1, 2)))  # after so many leaves
+    depth = rng.choice((0.1, 0.6))  # of the leaves are out of focus
+    for number, radius in enumerate(radii):
+        for _ in range((bars == number).sum()):
+            paint_bars(rng, image, colors)
         centre, corners = rng.uniform(0, size, 2), rng.choice((3, 4, 4, 6, 12, 24))
         if rng.random() < 0.5:
             angles = np.sort(rng.uniform(0, 2 * math.pi, corners))
@@ -3160,8 +3197,8 @@ def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
         part = np.s_[low[1] : high[1], low[0] : high[0]]
         mask = np.zeros((high - low)[::-1], np.uint8)
         cv2.fillPoly(mask, [np.rint(16 * (ring - low)).astype(np.int32)], 255, cv2.LINE_AA, 4)
-        if rng.random() < 0.2:
-            mask = cv2.GaussianBlur(mask, (0, 0), rng.uniform(0.5, 4))
+        if rng.random() < depth:
+            mask = cv2.GaussianBlur(mask, (0, 0), log_uniform(rng, 0.5, 5))
         paint = colors()[0] if rng.random() < 0.4 else textures[rng.integers(6)][part]
         light = 1 + rng.normal(0, 0.12) + rng.uniform(0.02, 0.25) * clouds[part]  # nothing is quite flat, but holes
         image[part] += (paint * light[..., None] - image[part]) * (mask * np.float32(1 / 255))[..., None]

@@ -101,8 +101,15 @@ SABOTAGES = (
     Sabotage("fading cut off", "return cv2.multiply(faded, gain, dtype=cv2.CV_8U)",
              "return cv2.multiply(faded, gain, dtype=cv2.CV_32F).astype(np.uint8)", "colorsys"),
     Sabotage("outline of holes kept", "return cv2.dilate(mask, np.ones((3, 3), np.uint8))", "return mask", "halo"),
-    Sabotage("windows change what is large", "            restored = restored - known * _smooth(restored - seen, "
-             "known, 16)\n", "            pass\n", "no_seams"),
+    Sabotage("windows change what is large", "            restored = restored - known * "
+             "_smooth(restored - seen.clamp(-1, 1), known, 16)\n", "            pass\n", "no_seams"),
+    Sabotage("clipped highlights have a halo", "_smooth(restored - seen.clamp(-1, 1), known, 16)",
+             "_smooth(restored - seen, known, 16)", "no_halo"),
+    Sabotage("windows judge their own noise", "level = (own if level is None else level)", "level = own",
+             "told_the_noise or noise_level_given"),
+    Sabotage("detection is not taught in the GAN stage", "l1_weight * (losses[\"g_l1\"] + found)",
+             "l1_weight * losses[\"g_l1\"]", "generator_step"),
+    Sabotage("heads learn no faster", ", heads=s.heads_lr)", ")", "every_optimizer"),
     Sabotage("the whole picture's changes are lost", "            seen = seen + tensor(_enlarged, drift, size) + 1 "
              " # 1: it is a difference\n", "", "whole_picture_says"),
     Sabotage("colour in a grey picture", "            if is_grey:\n                image", "            if False:\n"

@@ -1,4 +1,4 @@
-"""The three degradations, and degrading a folder of originals."""
+"""The degradations, and degrading a folder of originals."""
 
 import colorsys
 import dataclasses
@@ -287,3 +287,11 @@ def test_files_are_read_and_written_exactly_as_cv2_imread_and_imwrite_do(faces, 
     cv2.imwrite(str(tmp_path / "theirs.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 95, *sampling])
     ru.write_image(tmp_path / "ảnh cũ.jpg", picture)
     assert (tmp_path / "ảnh cũ.jpg").read_bytes() == (tmp_path / "theirs.jpg").read_bytes()
+
+
+def test_when_no_face_can_be_read_it_says_so_though_there_are_scenes(faces, places):
+    for path in faces.files:
+        path.write_bytes(b"no picture")
+    faces = faces._replace(scenes=ru.draw_pictures("scene", 1, TINY, places))
+    with pytest.raises(ValueError, match=r"no original could be read:\n  face_0"):
+        ru.degrade_folder(faces, places.degraded, TINY)

@@ -43,6 +43,24 @@ def test_maps_go_down_to_1_and_back_and_the_output_is_in_range():
     assert restored.abs().max() <= 1
 
 
+def test_what_is_filled_stays_in_range_though_recolouring_leaves_it():
+    generator = ru.build_generator(TINY).eval()
+    hole = torch.zeros(1, 1, 256, 256)
+    hole[..., 100:150, 100:150] = 1
+    with torch.no_grad():
+        assert generator.mend(torch.full((1, 3, 256, 256), 1.25), hole).restored.abs().max() <= 1
+
+
+def test_a_noise_level_given_takes_the_place_of_the_picture_s_own():
+    generator = ru.build_generator(TINY).eval()
+    noisy = 0.2 * torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        generator.output.grain.noise.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        own = ru.noise_level(ru.block_levels(ru.detail_of(noisy)))
+        other, same, none = (generator.mend(noisy, level=level).restored for level in (3 * own, own, None))
+    assert torch.equal(same, none) and (other - same).abs().max() > 0.01
+
+
 def test_every_skip_matters():
     generator = ru.build_generator(TINY).eval()
     image = torch.rand(1, 3, 256, 256) * 2 - 1

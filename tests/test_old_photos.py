@@ -1,6 +1,7 @@
 """Ageing, its masks, and restoring at a photograph's own size: seams, halos, grey, holes, masks, memory."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, Stub
 from PIL import Image
 from torch import nn
 
@@ -115,7 +116,7 @@ def test_stains_and_uneven_light_are_slow_and_about_one():
         assert np.abs(np.diff(field, axis=0)).mean() < 0.01
 
 
-def test_scenes_are_seeded_varied_and_without_damage():
+def test_scenes_are_seeded_and_varied():
     again, other = ru.draw_scene(rng(3), 256), ru.draw_scene(rng(4), 256)
     assert np.array_equal(SCENE, again) and np.abs(SCENE.astype(int) - other).mean() > 5
     assert SCENE.shape == (256, 256, 3) and SCENE.dtype == np.uint8
@@ -195,24 +196,6 @@ def test_scenes_and_undamaged_pairs_are_only_trained_on(faces, places):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Stub(nn.Module):
-    """Stands for a generator: `change` maps what it sees to what it returns, `find` to where it sees damage."""
-
-    plain = False
-
-    def __init__(self, change=lambda seen: seen, find=lambda seen: torch.zeros_like(seen[:, :1])):
-        super().__init__()
-        self.weight, self.change, self.find = nn.Parameter(torch.zeros(1)), change, find
-
-    def color(self, whole):
-        return torch.zeros(len(whole), 11), torch.zeros(len(whole))
-
-    def mend(self, seen, damage=None, level=None):
-        covered = self.find(seen) if damage is None else damage
-        restored = self.change(seen) * (1 - covered) + 0.2 * covered
-        return ru.Restoration(restored, hole=40 * covered - 20)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (100, 80), (256, 256), (257, 300), (512, 512), (700, 1100)])
 def test_any_size_comes_back_untouched_by_a_network_that_changes_nothing(size):
     photo = cv2.resize(SCENE, size[::-1], interpolation=cv2.INTER_CUBIC)
@@ -237,26 +220,14 @@ def test_windows_leave_no_seams_in_flat_grey_or_a_smooth_gradient():
 
 
 def test_windows_that_disagree_fade_into_each_other():
-    """Inside a hole nothing is smoothed: what each window paints there is seen."""
-    values = iter(np.linspace(-0.9, 0.9, 500))
+    values = itertools.cycle([95.0, 5.0, 50.0])
 
-    class Painter(Stub):
-        def mend(self, seen, damage=None, level=None):
-            colors = torch.tensor([next(values) for _ in seen]).float().view(-1, 1, 1, 1)
-            return ru.Restoration(colors.expand_as(seen), hole=torch.full_like(seen[:, :1], -20.0))
+    def paint(places):
+        return torch.stack([torch.full((3, 256, 256), next(values)) for _ in places])
 
-    photo = np.zeros((256, 1000, 3), np.uint8)
-    image = ru._by_windows(
-        photo, lambda places: (Painter().mend(torch.zeros(len(places), 3, 256, 256))[0] + 1) * 50, 3, Bar()
-    )
-    assert np.abs(np.diff(image.astype(int), axis=1)).max() <= 2
-    values = iter([0.9, -0.9] * 500)
-    image = ru._by_windows(
-        np.zeros((700, 700, 3), np.uint8),
-        lambda places: (Painter().mend(torch.zeros(len(places), 3, 256, 256))[0] + 1) * 50, 3, Bar(),
-    )  # fmt: skip
-    for axis in (0, 1):  # windows 90 levels apart, over 64 px and more
-        assert np.abs(np.diff(image.astype(int), axis=axis)).max() <= 90 / ru.OVERLAP + 2
+    image = ru._by_windows(np.zeros((700, 700, 3), np.uint8), paint, 3, Bar()).astype(int)
+    for axis in (0, 1):  # over 64 px and more
+        assert 0 < np.abs(np.diff(image, axis=axis)).max() <= 90 / ru.OVERLAP + 2
 
 
 class Bar:
@@ -300,6 +271,33 @@ def test_highlights_that_recolouring_clips_cast_no_shadow():
     after = ru.to_pixels(seen)[0].permute(1, 2, 0).numpy()
     assert after[0, 0, 0] > 120 and after[0, -1, 0] == 255
     assert np.abs(ru.large_scale_change(before, after, np.zeros((200, 256), np.uint8), brighter)).max() < 1
+
+
+def test_highlights_that_recolouring_clips_have_no_halo():
+    class Brighter(Stub):
+        def color(self, whole):
+            curves = UNCHANGED.repeat(len(whole), 1)
+            curves[:, 9] = 0.3
+            return curves, torch.zeros(len(whole))
+
+    photo = np.full((512, 512, 3), 100, np.uint8)
+    photo[:, 256:] = 250
+    restored = ru.restore_photo(photo, Brighter(lambda seen: seen.clamp(-1, 1))).image.astype(int)
+    assert restored[0, 0, 0] > 120 and restored[0, -1, 0] == 255
+    assert np.ptp(restored[:, :250]) <= 1 and np.ptp(restored[:, 262:]) <= 1
+
+
+def test_windows_are_told_the_noise_of_the_whole_photograph():
+    told = []
+
+    class Listener(Stub):
+        def mend(self, seen, damage=None, level=None):
+            told.append(level)
+            return super().mend(seen, damage, level)
+
+    photo = (128 + 10 * rng(0).normal(0, 1, (400, 400, 3))).clip(0, 255).astype(np.uint8)
+    ru.restore_photo(photo, Listener())
+    assert 127.5 * told[-1].item() == pytest.approx(10, rel=0.2)
 
 
 def test_what_the_whole_picture_says_about_colours_reaches_the_full_size():
@@ -352,8 +350,9 @@ def test_filling_can_be_switched_off_and_a_mask_is_trusted():
     assert np.abs(given.image[302:308, 60:490].astype(int) - 153).max() <= 3  # what the stub paints
     with pytest.raises(ValueError, match="600 x 500"):
         ru.restore_photo(photo, finder, mask=mask[:, :-1])
-    with pytest.raises(ValueError, match="must be uint8"):
-        ru.restore_photo(photo, finder, mask=photo)
+    for wrong in ((photo, photo), (mask, mask), (photo / 255, mask)):
+        with pytest.raises(ValueError, match="must be uint8"):
+            ru.restore_photo(wrong[0], finder, mask=wrong[1])
 
 
 def test_the_share_that_was_repainted_is_said_and_masks_are_files(tmp_path, capsys):
@@ -381,7 +380,7 @@ MEMORY = """
 import sys, resource, numpy as np
 sys.path.insert(0, sys.argv[1])
 import restoration_utils as ru, torch
-from test_old_photos import Stub
+from conftest import Stub
 ru.keep_freed_memory()
 height, width, everything = map(int, sys.argv[2:])
 stub = Stub(find=lambda seen: (seen.amin(1, keepdim=True) > 0.4 - everything).float())

@@ -140,6 +140,19 @@ def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminat
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
 
 
+def test_generator_step_goes_on_teaching_what_a_hole_is(batch):
+    generator, discriminator = ru.build_generator(TINY), ru.build_discriminator(TINY)
+    reference = copy.deepcopy(generator)
+    restored, hole = reference.restore(batch[0])
+    score = copy.deepcopy(discriminator)(batch[0], restored)
+    loss = (restored - batch[1]).abs().mean() + ru.detection_loss(hole, batch[2]["hole"])
+    expected = gradient_step(reference, ((score - 1) ** 2).mean() + 100 * loss)
+    optimizer, (restored, hole) = torch.optim.SGD(generator.parameters(), 1.0), generator.restore(batch[0])
+    found = ru.detection_loss(hole, batch[2]["hole"])
+    ru.generator_step(discriminator, optimizer, (batch[0], restored, batch[1]), 100.0, FLOAT32, found)
+    assert all(torch.allclose(p, e, atol=1e-4) for p, e in zip(generator.parameters(), expected))
+
+
 def test_shifted_rolls_all_by_the_same_random_amount_below_the_limit(batch):
     rng, seen = np.random.default_rng(0), set()
     for _ in range(60):
@@ -411,6 +424,8 @@ def test_every_optimizer_gets_its_settings(run, pairs, monkeypatch):
     train_gan(run, pairs)
     given = [(type(o).__name__, o.defaults["lr"], o.defaults["betas"]) for o in made]
     assert given == [("Adam", 1e-3, (0.9, 0.999)), ("Adam", 1e-4, (0.5, 0.999)), ("Adam", 2e-4, (0.5, 0.999))]
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
+    assert rates == [pytest.approx([1e-3, 3e-3]), [1e-4], [2e-4]]
 
 
 def test_what_looks_for_grain_and_holes_learns_three_times_as_fast_and_nothing_is_left_out():

@@ -36,7 +36,7 @@ def psnr(image: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None) 
 
 
 def without_a_network(kind: str, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Non-local means of strength 12, Telea with the true mask, both for aged pictures and channels stretched."""
+    """Non-local means of strength 12; Telea with the true mask; aged pictures: strength 6, channels stretched."""
     if kind == "noisy":
         return measure.non_local_means(image, 12)
     if kind == "occluded":
@@ -47,11 +47,8 @@ def without_a_network(kind: str, image: np.ndarray, mask: np.ndarray) -> np.ndar
 def measure_photo(path: Path, kind: str, generator: ru.UNetGenerator, folder: Path) -> tuple[dict, list[np.ndarray]]:
     """Damages one photograph, as a file, and restores it; the measurements, and the pictures for a sheet."""
     original, pair = ru.read_image(path), ru.Pair(kind, path.name, "", path, folder / f"degraded_{kind}.jpg")
-    if kind == "clean":
-        degraded, truth, mask = original, original, np.zeros(original.shape[:2], bool)
-        pair = pair._replace(degraded=folder / "clean.png")
-        ru.write_image(pair.degraded, original)
-    else:
+    degraded, truth, mask = original, original, np.zeros(original.shape[:2], bool)
+    if kind != "clean":
         damage = ru.degrade(original, kind, np.random.default_rng(pair.seed(SETTINGS)), SETTINGS)
         ru.write_image(pair.degraded, damage, SETTINGS.jpeg_quality)
         degraded, mask = ru.read_image(pair.degraded), pair.mask(original.shape, SETTINGS) > 0
@@ -76,7 +73,8 @@ def tables(
                 row, pictures = measure_photo(path, kind, generator, Path(folder))
                 rows.append(row)
                 if sheets:
-                    name = f"{kind}_{row['after'] - min(row['before'], 60):06.2f}_{path.stem}.jpg"
+                    gained = row["after"] - min(row["before"], 60)
+                    name = f"{kind}_{100 + gained:06.2f}_{path.stem}.jpg"  # the worst first: by the gain in dB, + 100
                     ru.write_image(sheets / name, np.hstack(pictures))
             yield kind, rows
 
