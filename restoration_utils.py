@@ -2392,7 +2392,7 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 # it reaches between the two numbers of `REACH` px from its middle. With every doubling of its length, from a thirtieth
 # of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long.
 # Chosen by photographs that no training has seen.
-LIKELY, SURE, BONUS, REACH = 0.25, 0.7, 0.07, (0.4, 15)
+LIKELY, SURE, BONUS, REACH = 0.25, 0.8, 0.07, (0.4, 15)
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 

@@ -425,7 +425,7 @@ def test_every_optimizer_gets_its_settings(run, pairs, monkeypatch):
     given = [(type(o).__name__, o.defaults["lr"], o.defaults["betas"]) for o in made]
     assert given == [("Adam", 1e-3, (0.9, 0.999)), ("Adam", 1e-4, (0.5, 0.999)), ("Adam", 2e-4, (0.5, 0.999))]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
-    assert rates == [pytest.approx([1e-3, 3e-3]), [1e-4], [2e-4]]
+    assert rates == [pytest.approx([1e-3, 3e-3]), [1e-4, 1e-4], [2e-4]]
 
 
 def test_what_looks_for_grain_and_holes_learns_three_times_as_fast_and_nothing_is_left_out():
