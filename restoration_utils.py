@@ -576,7 +576,7 @@ def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
     return sorted(found), left_out
 
 
-PICTURES_VERSION = 6  # to be raised when draw_portrait or draw_scene paints something else
+PICTURES_VERSION = 7  # to be raised when draw_portrait or draw_scene paints something else
 
 
 def draw_pictures(what: str, count: int, settings: Settings, places: Places) -> list[Path]:
@@ -3051,6 +3051,10 @@ def develop(rng: np.random.Generator, image: np.ndarray, grain: float) -> np.nda
         high, white = light * rng.uniform(0.85, 1), rng.uniform(1, 1.1)
     elif rng.random() < 0.3 and dark < np.quantile(lowest, 0.4):  # drowned in black
         low, black = dark * rng.uniform(1, 1.2), rng.uniform(-0.05, 0)
+    elif rng.random() < 0.25:  # against the light: windows and gaps of any shape are white, and glow
+        high, white = np.quantile(highest, rng.uniform(0.85, 0.98)), rng.uniform(1, 1.1)
+        glow = cv2.GaussianBlur((image - high).clip(0), (0, 0), rng.uniform(1, 20))
+        image = image + rng.uniform(0, 2) * glow
     image = black + (image - low) * np.float32((white - black) / max(high - low, 0.2))
     value = image.max(2, keepdims=True)
     image = value - np.float32(rng.uniform(0.6, 1.7) if usual else rng.uniform(0.3, 1.5)) * (value - image)
