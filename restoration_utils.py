@@ -584,15 +584,14 @@ def draw_pictures(what: str, count: int, settings: Settings, places: Places) -> 
     size, seed = settings.portrait_size, settings.seed
     folder = places.outputs / f"synthetic_{what}s_{count}x{size}px_seed{seed}_v{PICTURES_VERSION}"
     paths = [folder / f"{what}_{index:04d}.jpg" for index in range(count)]
+    paint = {"portrait": draw_portrait, "scene": draw_scene}[what]
 
-    def draw(index: int) -> None:
-        if not paths[index].exists():  # what is on it depends on its number only
-            paint = draw_portrait if what == "portrait" else draw_scene
-            write_image(paths[index], paint(np.random.default_rng([seed, index]), size))
+    def draw(index: int) -> None:  # what is on a picture depends on its number only
+        write_image(paths[index], paint(np.random.default_rng([seed, index]), size))
 
-    if not all(path.exists() for path in paths):
+    if missing := [index for index in range(count) if not paths[index].exists()]:
         with alone_in(folder):
-            list(in_parallel(draw, range(count), f"drawing {what}s", what))
+            list(in_parallel(draw, missing, f"drawing {what}s", what))
     return paths
 
 
@@ -734,13 +733,6 @@ def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Set
 BLACK_AND_WHITE = 0.45  # of aged photographs
 
 
-class Damage(NamedTuple):
-    """What hands did to a print: marks that cover it, from the first to the last."""
-
-    covers: list[np.ndarray]  # how far each pixel is covered, uint8 (H, W), 255 is wholly
-    paints: list[tuple[float, float, float]]  # with what, BGR
-
-
 def jagged_line(start: np.ndarray, end: np.ndarray, rng: np.random.Generator, rough: float) -> np.ndarray:
     """A line from `start` to `end`, (points, 2), bent by midpoints moved sideways by about `rough` of its length."""
     points = np.array([start, end], np.float64)
@@ -846,8 +838,11 @@ def _draw_tears(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> No
         cv2.fillPoly(canvas, [np.rint(16 * outline).astype(np.int32)], 255, cv2.LINE_AA, 4)
 
 
-def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> Damage:
-    """What hands do to a print of `shape`: dust, scratches, cracks, torn corners, some of them or all."""
+def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> list[tuple[np.ndarray, tuple[float, ...]]]:
+    """What hands do to a print of `shape`: dust, scratches, cracks, torn corners, some of them or all.
+
+    From the first to the last, how far each pixel is covered, uint8 (H, W), 255 is wholly, and with what, BGR.
+    """
     rng = np.random.default_rng(rng.integers(2**63))  # of its own: what is drawn later does not depend on the size
     unit, care = min(shape[:2]) / 1000, rng.uniform(0.3, 1.1)
     paper = tuple((rng.uniform(205, 245) + np.array((-14, -4, 0)) * rng.uniform(0, 1.5)).tolist())
@@ -864,13 +859,13 @@ def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> Damage:
         _draw_cracks(light, dark, rng, unit)
     if rng.random() < care:
         _draw_tears(tears, rng, unit)
-    return Damage([dark, light, tears], [ink, paper, torn])
+    return [(dark, ink), (light, paper), (tears, torn)]
 
 
 def damage_mask(shape: Sequence[int], rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
     """What `age_photo` damages physically in an image of `shape`, from the same generator state: uint8 (H, W)."""
-    covers = draw_damage(shape, rng).covers
-    return np.where(functools.reduce(cv2.max, covers) > 50, 255, 0).astype(np.uint8)
+    covered = functools.reduce(cv2.max, (cover for cover, _ in draw_damage(shape, rng)))
+    return cv2.threshold(covered, 50, 255, cv2.THRESH_BINARY)[1]
 
 
 def draw_tone(rng: np.random.Generator) -> float:
@@ -967,7 +962,7 @@ def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = 
     damage = draw_damage(image.shape, rng)
     aged = age_untouched(image, rng, draw_tone(rng))
     scanner, quality = rng.uniform(0, 1.0) * min(image.shape[:2]) / 1000, int(rng.integers(60, 96))
-    for cover, paint in zip(*damage):
+    for cover, paint in damage:
         rows, columns = np.nonzero(cover)
         share = cover[rows, columns, None] * np.float32(1 / 255)
         texture = rng.normal(0, 5, (len(rows), 1)).astype(np.float32)
@@ -1392,15 +1387,14 @@ class ColorHead(nn.Module):
         with torch.autocast(whole.device.type, enabled=False):  # the whole picture depends on these few numbers
             numbers = self.layers(4 * quantiles.flatten(1) - 2)  # (N, 13)
         faded = 4 * numbers[:, 11:]
-        sure = [
-            doubtless(probability, *doubt) if doubting else probability
-            for probability, doubt in zip(torch.sigmoid(faded).split(1, 1), self.DOUBT)
-        ]
+        sure = torch.sigmoid(faded)
+        sure = doubtless(sure, *sure.new_tensor(self.DOUBT).T) if doubting else sure
+        pale, aged = sure.split(1, 1)
         stretch = torch.sigmoid(3 * numbers[:, :6])  # 3, and 2 below: learns fast
-        black = sure[1] * stretch[:, :3] * quantiles[:, :3, 1]
-        white = 1 - sure[1] * stretch[:, 3:] * (1 - quantiles[:, :3, -2])
+        black = aged * stretch[:, :3] * quantiles[:, :3, 1]
+        white = 1 - aged * stretch[:, 3:] * (1 - quantiles[:, :3, -2])
         gamma, gains = 0.9 * torch.tanh(2 * numbers[:, 6:9]), 1.5 * torch.tanh(2 * numbers[:, 9:11])
-        return torch.cat([black, -(white - black).clamp(min=0.1).log(), sure[1] * gamma, sure[0] * gains], 1), faded
+        return torch.cat([black, -(white - black).clamp(min=0.1).log(), aged * gamma, pale * gains], 1), faded
 
 
 def recolor(images: Tensor, curves: Tensor) -> Tensor:
@@ -2090,7 +2084,7 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
         return cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
 
     kinds = ["clean", *(kind for kind in settings.kinds if kind != "noisy")]  # noise is finer
-    images: dict[str, list] = {"whole": [], "original": [], "known": [], "faded": []}
+    rows = []
     for _ in range(settings.color_lessons):
         original, kind = originals[rng.integers(len(originals))], kinds[rng.integers(len(kinds))]
         if rng.random() < 0.15:
@@ -2109,14 +2103,11 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
             known -= occlusion_mask(original.shape, np.random.default_rng(seed), settings)
         whole = np.asarray(without_tint(to_pil(halved(degraded))))
         is_grey = (whole == whole[..., :1]).all() or (kind == "aged" and tone >= 0)  # no colours can come back
-        images["whole"].append(whole)
-        images["original"].append(halved(to_grey(original) if is_grey else original)[..., ::-1])
-        images["known"].append(halved(known)[..., None] == 255)
-        images["faded"].append((kind == "color", kind == "aged"))
-    faded = torch.tensor(images.pop("faded")).float()
-    lesson = {k: torch.from_numpy(np.stack(v)).permute(0, 3, 1, 2).float() for k, v in images.items()}
-    whole, original = lesson["whole"] / 127.5 - 1, lesson["original"] / 127.5 - 1
-    return {"whole": whole, "original": original, "known": lesson["known"], "faded": faded}
+        truth = halved(to_grey(original) if is_grey else original)[..., ::-1]
+        rows.append((whole, truth, halved(known)[..., None] == 255, (kind == "color", kind == "aged")))
+    *images, faded = (torch.from_numpy(np.stack(column)).float() for column in zip(*rows))
+    whole, original, known = (image.permute(0, 3, 1, 2) for image in images)
+    return {"whole": whole / 127.5 - 1, "original": original / 127.5 - 1, "known": known, "faded": faded}
 
 
 def color_loss(head: ColorHead, lesson: Mapping[str, Tensor]) -> Tensor:
@@ -2263,11 +2254,13 @@ def generator_step(
     images: Sequence[Tensor],
     l1_weight: float,
     precision: Precision,
-    found: Tensor | float = 0.0,
+    holes: tuple[Tensor, Tensor] | None = None,
+    heads_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """One update of the generator, whose output is the second of the `images`: fool the discriminator, and 100 x L1.
 
-    To L1 is added `found`, its `detection_loss`: it would else forget what a hole is. Gradients flow through the
+    To L1 is added `heads_weight` x the `detection_loss` of `holes`, what it takes for holes and what they are: it would
+    else forget. Gradients flow through the
     discriminator to the generator, but the discriminator itself, its batch-norm statistics included, stays as it is.
     """
     degraded, restored, original = images
@@ -2276,7 +2269,10 @@ def generator_step(
     with precision.autocast(discriminator):
         score = torch.func.functional_call(discriminator, frozen, (degraded, restored))
     losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restored, original)}
-    precision.update(optimizer, losses["g_adv"] + l1_weight * (losses["g_l1"] + found))
+    if holes and heads_weight:
+        losses["holes"] = detection_loss(*holes)
+    beside_l1 = heads_weight * losses.get("holes", 0.0)
+    precision.update(optimizer, losses["g_adv"] + l1_weight * (losses["g_l1"] + beside_l1))
     return losses
 
 
@@ -2348,10 +2344,9 @@ def train_gan(
                 images = shifted((degraded, restoration.restored, original), s.shift, rng)
                 losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
                 if train_g:
-                    found = 0.0
-                    if s.heads_weight and not generator.plain:
-                        found = s.heads_weight * detection_loss(restoration.hole, info["hole"])
-                    losses |= generator_step(discriminator, optimizer_g, images, s.l1_weight, precision_g, found)
+                    holes = None if generator.plain else (restoration.hole, info["hole"])
+                    weights = s.l1_weight, precision_g, holes, s.heads_weight
+                    losses |= generator_step(discriminator, optimizer_g, images, *weights)
                     average.update_parameters(generator)
                 precision_g.keep_finite()  # where the generator was not trained
                 means.add(losses, len(degraded))
@@ -2441,9 +2436,8 @@ def _fade_in(target: np.ndarray, new: np.ndarray, overlap: int, axis: int) -> No
     """Puts `new` in the place of `target`; over the first `overlap` px along the axis one turns into the other."""
     target, new = (np.moveaxis(image, axis, 0) for image in (target, new))
     share = ((np.arange(overlap, dtype=np.float32) + 0.5) / overlap).reshape(-1, *[1] * (new.ndim - 1))
-    both = target[:overlap] + share * (new[:overlap] - target[:overlap]) if overlap else new[:0]
-    target[:overlap] = np.rint(both) if target.dtype == np.uint8 else both
-    target[overlap:] = np.rint(new[overlap:]) if target.dtype == np.uint8 else new[overlap:]
+    mixed = np.concatenate((target[:overlap] + share * (new[:overlap] - target[:overlap]), new[overlap:]))
+    target[...] = np.rint(mixed) if target.dtype == np.uint8 else mixed
 
 
 def _smooth(change: Tensor, known: Tensor, reach: float) -> Tensor:

@@ -57,7 +57,7 @@ def test_the_damage_mask_is_exactly_what_the_hands_did():
 def test_some_prints_have_few_faults_and_some_have_all():
     shares = [(ru.damage_mask((400, 400), rng(seed)) > 0).mean() for seed in range(60)]
     assert min(shares) == 0 and max(shares) > 0.03 and 0.005 < np.mean(shares) < 0.06
-    parts = np.array([[cover.any() for cover in ru.draw_damage((400, 400), rng(seed)).covers] for seed in range(60)])
+    parts = np.array([[cover.any() for cover, _ in ru.draw_damage((400, 400), rng(seed))] for seed in range(60)])
     assert parts.all(1).any() and (parts.sum(1) == 1).any()
 
 

@@ -145,11 +145,12 @@ def test_generator_step_goes_on_teaching_what_a_hole_is(batch):
     reference = copy.deepcopy(generator)
     restored, hole = reference.restore(batch[0])
     score = copy.deepcopy(discriminator)(batch[0], restored)
-    loss = (restored - batch[1]).abs().mean() + ru.detection_loss(hole, batch[2]["hole"])
+    loss = (restored - batch[1]).abs().mean() + 0.5 * ru.detection_loss(hole, batch[2]["hole"])
     expected = gradient_step(reference, ((score - 1) ** 2).mean() + 100 * loss)
     optimizer, (restored, hole) = torch.optim.SGD(generator.parameters(), 1.0), generator.restore(batch[0])
-    found = ru.detection_loss(hole, batch[2]["hole"])
-    ru.generator_step(discriminator, optimizer, (batch[0], restored, batch[1]), 100.0, FLOAT32, found)
+    holes = hole, batch[2]["hole"]
+    losses = ru.generator_step(discriminator, optimizer, (batch[0], restored, batch[1]), 100.0, FLOAT32, holes, 0.5)
+    assert torch.isclose(losses["holes"], ru.detection_loss(*holes))
     assert all(torch.allclose(p, e, atol=1e-4) for p, e in zip(generator.parameters(), expected))
 
 
