@@ -2386,8 +2386,9 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 # When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `SURE`, at all sizes at which
 # it reaches between the two numbers of `REACH` px from its middle. With every doubling of its length, from a thirtieth
 # of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long.
-# Chosen by photographs that no training has seen.
-LIKELY, SURE, BONUS, REACH = 0.25, 0.8, 0.07, (0.4, 15)
+# A speck, up to so many px long, needs no other size, and only its middle must be so sure. Chosen by photographs that
+# no training has seen.
+LIKELY, SURE, BONUS, REACH, SPECK = 0.25, 0.8, 0.07, (0.4, 15), (14, 0.6)
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2489,7 +2490,8 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
 
     A region of likely pixels counts as a whole: it is damage if that is likely on average over its pixels and over the
     sizes that can tell, its own among them. Those are the sizes at which it is neither a dot nor larger than what is
-    around it in a window; they have to agree.
+    around it in a window; they have to agree. A speck of dust is to be seen at one size only, and most of it is its
+    rim, which is never sure: there the mean is weighted with the probability itself.
     """
     mask = np.zeros_like(maps[-1])
     for number, own in enumerate(maps):
@@ -2504,8 +2506,9 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
         radius[radius == 255] = np.inf  # or more: 8 bits end there
         del inside
 
-        def total(values: np.ndarray, labels: np.ndarray = labels, bands: list = bands, count: int = len(radius)):
-            return sum(np.bincount(labels[band].ravel(), values[band].ravel(), count) for band in bands)
+        def total(values: np.ndarray, power: int = 1, labels=labels, bands=bands, count=boxes.shape[0]) -> np.ndarray:
+            weights = (values[band].ravel().astype(np.float64) ** power for band in bands)
+            return sum(np.bincount(labels[band].ravel(), weight, count) for band, weight in zip(bands, weights))
 
         for n, other in enumerate(maps):
             reach = radius * max(other.shape) / max(own.shape)  # px at that size
@@ -2514,6 +2517,8 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
             judges, ours = judges + tells, tells if n == number else ours
         sure = SURE - BONUS * np.log2(np.maximum(1, 30 * length))
         accepted = (ours > 0) & (score > sure * 255 * judges * total(found))
+        speck = (radius <= 3) & (boxes[:, 2:4].max(1) <= SPECK[0])
+        accepted |= speck & (total(own, 2) > SPECK[1] * 255 * total(own))
         for band in bands:
             found[band] = 255 * accepted[labels[band]]
         del labels, total  # it holds them, too

@@ -416,3 +416,13 @@ def test_sizes_have_to_agree_about_damage():
     line[500:540, 100:900] = 0.6 * 255  # as doubtful, but as long as no speck is
     sizes = [cv2.resize(line, (n, n), interpolation=cv2.INTER_AREA) for n in (256, 512)]
     assert ru.agreed_damage([*sizes, line])[505:535, 110:890].min() == 255
+
+
+def test_specks_need_no_other_size_but_a_sure_middle():
+    own, empty = np.zeros((512, 512), np.uint8), [np.zeros((256, 256), np.uint8)]
+    own[98:104, 98:104] = 0.3 * 255  # a rim that is not sure
+    own[99:103, 99:103] = 255
+    own[300:306, 300:306] = 0.5 * 255
+    own[400:430, 400:430] = 255  # no speck: the other size should see it
+    found = ru.agreed_damage([*empty, own]) > 0
+    assert found[98:104, 98:104].all() and not found[290:].any()
