@@ -117,6 +117,7 @@ def test_06_without_05_names_the_notebook_that_is_missing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.training
 def test_quick_profile_keeps_what_the_notebooks_promise(tmp_path):
     copy_module(tmp_path)
     variables = {"RESTORATION_PROFILE": "quick", "RESTORATION_STRICT": "1", "OUTPUT_DIR": str(tmp_path / "o")}
