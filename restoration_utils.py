@@ -589,8 +589,9 @@ def draw_pictures(what: str, count: int, settings: Settings, places: Places) -> 
     def draw(index: int) -> None:  # what is on a picture depends on its number only
         write_image(paths[index], paint(np.random.default_rng([seed, index]), size))
 
-    if missing := [index for index in range(count) if not paths[index].exists()]:
-        with alone_in(folder):
+    if not all(path.exists() for path in paths):
+        with alone_in(folder):  # another run may just have drawn them
+            missing = [index for index in range(count) if not paths[index].exists()]
             list(in_parallel(draw, missing, f"drawing {what}s", what))
     return paths
 
@@ -841,7 +842,7 @@ def _draw_tears(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> No
 def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> list[tuple[np.ndarray, tuple[float, ...]]]:
     """What hands do to a print of `shape`: dust, scratches, cracks, torn corners, some of them or all.
 
-    From the first to the last, how far each pixel is covered, uint8 (H, W), 255 is wholly, and with what, BGR.
+    Pairs, the last one lying on top: how far each pixel is covered, uint8 (H, W), 255 is wholly, and the colour, BGR.
     """
     rng = np.random.default_rng(rng.integers(2**63))  # of its own: what is drawn later does not depend on the size
     unit, care = min(shape[:2]) / 1000, rng.uniform(0.3, 1.1)
@@ -1347,7 +1348,7 @@ class DecoderLayer(nn.Sequential):
         super().__init__(nn.ReLU(), upsample, norm(outputs), *([nn.Dropout(dropout)] if dropout else []))
 
 
-def doubtless(probability: Tensor, low: float, high: float) -> Tensor:
+def doubtless(probability: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """How far to act on a probability: not at all up to `low`, wholly from `high`."""
     return ((probability - low) / (high - low)).clamp(0, 1)
 
@@ -2252,16 +2253,15 @@ def generator_step(
     discriminator: nn.Module,
     optimizer: Optimizer,
     images: Sequence[Tensor],
-    l1_weight: float,
+    holes: tuple[Tensor, Tensor] | None,
+    settings: Settings,
     precision: Precision,
-    holes: tuple[Tensor, Tensor] | None = None,
-    heads_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """One update of the generator, whose output is the second of the `images`: fool the discriminator, and 100 x L1.
 
-    To L1 is added `heads_weight` x the `detection_loss` of `holes`, what it takes for holes and what they are: it would
-    else forget. Gradients flow through the
-    discriminator to the generator, but the discriminator itself, its batch-norm statistics included, stays as it is.
+    To L1 is added `heads_weight` x the `detection_loss` of `holes`, what the generator takes for holes and what they
+    are: else it would forget. Returns the losses one by one. Gradients flow through the discriminator to the generator,
+    but the discriminator itself, its batch-norm statistics included, stays as it is.
     """
     degraded, restored, original = images
     frozen = {name: value.detach() for name, value in discriminator.named_parameters()}
@@ -2269,10 +2269,11 @@ def generator_step(
     with precision.autocast(discriminator):
         score = torch.func.functional_call(discriminator, frozen, (degraded, restored))
     losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restored, original)}
-    if holes and heads_weight:
+    loss = losses["g_adv"] + settings.l1_weight * losses["g_l1"]
+    if holes and settings.heads_weight:
         losses["holes"] = detection_loss(*holes)
-    beside_l1 = heads_weight * losses.get("holes", 0.0)
-    precision.update(optimizer, losses["g_adv"] + l1_weight * (losses["g_l1"] + beside_l1))
+        loss = loss + settings.l1_weight * settings.heads_weight * losses["holes"]
+    precision.update(optimizer, loss)
     return losses
 
 
@@ -2345,8 +2346,7 @@ def train_gan(
                 losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
                 if train_g:
                     holes = None if generator.plain else (restoration.hole, info["hole"])
-                    weights = s.l1_weight, precision_g, holes, s.heads_weight
-                    losses |= generator_step(discriminator, optimizer_g, images, *weights)
+                    losses |= generator_step(discriminator, optimizer_g, images, holes, s, precision_g)
                     average.update_parameters(generator)
                 precision_g.keep_finite()  # where the generator was not trained
                 means.add(losses, len(degraded))
@@ -2386,9 +2386,10 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 # When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `SURE`, at all sizes at which
 # it reaches between the two numbers of `REACH` px from its middle. With every doubling of its length, from a thirtieth
 # of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long.
-# A speck, up to so many px long, needs no other size, and only its middle must be so sure. Chosen by photographs that
-# no training has seen.
-LIKELY, SURE, BONUS, REACH, SPECK = 0.25, 0.8, 0.07, (0.4, 15), (14, 0.6)
+# A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes, and its mean,
+# in which a pixel weighs as much as it is likely, must be so sure. Chosen by photographs that no training has seen.
+LIKELY, SURE, BONUS, REACH = 0.25, 0.8, 0.07, (0.4, 15)
+SPECK_LENGTH, SPECK_RADIUS, SPECK_SURE = 14, 3, 0.6
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2490,8 +2491,8 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
 
     A region of likely pixels counts as a whole: it is damage if that is likely on average over its pixels and over the
     sizes that can tell, its own among them. Those are the sizes at which it is neither a dot nor larger than what is
-    around it in a window; they have to agree. A speck of dust is to be seen at one size only, and most of it is its
-    rim, which is never sure: there the mean is weighted with the probability itself.
+    around it in a window; they have to agree. A speck of dust may be too small for all but one, and most of it is its
+    rim, which is never sure: there the mean is weighted with the probability itself, and only larger sizes can object.
     """
     mask = np.zeros_like(maps[-1])
     for number, own in enumerate(maps):
@@ -2500,7 +2501,7 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
         length = boxes[:, 2:4].max(1) / max(own.shape)
         inside = cv2.distanceTransform(found, cv2.DIST_L1, 3, dstType=cv2.CV_8U)
         bands = [np.s_[top : top + 256] for top in range(0, len(found), 256)]  # saves memory
-        radius, score, judges, ours = np.zeros((4, len(length)))
+        radius, score, judges, ours, denied = np.zeros((5, len(length)))
         for band in bands:
             np.maximum.at(radius, labels[band], inside[band])
         radius[radius == 255] = np.inf  # or more: 8 bits end there
@@ -2513,12 +2514,13 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
         for n, other in enumerate(maps):
             reach = radius * max(other.shape) / max(own.shape)  # px at that size
             tells = (reach > REACH[0]) & (reach < REACH[1]) | (n == 0) & (reach >= REACH[1])
-            score += tells * total(cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA))
-            judges, ours = judges + tells, tells if n == number else ours
+            seen = total(cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA))
+            score, judges, ours = score + tells * seen, judges + tells, tells if n == number else ours
+            denied += (n > number) & tells & (seen < LIKELY * 255 * total(found))
         sure = SURE - BONUS * np.log2(np.maximum(1, 30 * length))
         accepted = (ours > 0) & (score > sure * 255 * judges * total(found))
-        speck = (radius <= 3) & (boxes[:, 2:4].max(1) <= SPECK[0])
-        accepted |= speck & (total(own, 2) > SPECK[1] * 255 * total(own))
+        speck = (radius <= SPECK_RADIUS) & (boxes[:, 2:4].max(1) <= SPECK_LENGTH) & (denied == 0)
+        accepted |= speck & (total(own, 2) > SPECK_SURE * 255 * total(own))
         for band in bands:
             found[band] = 255 * accepted[labels[band]]
         del labels, total  # it holds them, too
@@ -2742,11 +2744,12 @@ def plot_pretrain_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
 
 
 def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
-    """The discriminator's, the adversarial and the L1 losses of the GAN training, drawn and saved as `path`."""
+    """The losses of both networks in the GAN training, drawn and saved as `path`."""
     panels = {
         "Discriminator (0.25: it cannot tell)": {"d_real": "on real pairs", "d_fake": "on fake pairs"},
         "Generator, adversarial": {"g_adv": "(D(fake) - 1)²"},
         "Generator, L1": {"g_l1": "training", "val_l1": "validation (averaged weights)"},
+        "holes, found": {"holes": "training"},
     }
     return _plot_curves(history, panels, path)
 
@@ -3050,9 +3053,9 @@ def develop(rng: np.random.Generator, image: np.ndarray, grain: float) -> np.nda
         high, white = light * rng.uniform(0.85, 1), rng.uniform(1, 1.1)
     elif rng.random() < 0.3 and dark < np.quantile(lowest, 0.4):  # drowned in black
         low, black = dark * rng.uniform(1, 1.2), rng.uniform(-0.05, 0)
-    elif rng.random() < 0.25:  # against the light: windows and gaps of any shape are white, and glow
+    elif rng.random() < 0.25:  # against the light: windows and gaps of any shape burn out, and glow
         high, white = np.quantile(highest, rng.uniform(0.85, 0.98)), rng.uniform(1, 1.1)
-        glow = cv2.GaussianBlur((image - high).clip(0), (0, 0), rng.uniform(1, 20))
+        glow = cv2.GaussianBlur((image - high).clip(0), (0, 0), rng.uniform(1, 20) * len(image) / 512)
         image = image + rng.uniform(0, 2) * glow
     image = black + (image - low) * np.float32((white - black) / max(high - low, 0.2))
     value = image.max(2, keepdims=True)

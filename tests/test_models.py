@@ -120,6 +120,10 @@ def test_the_color_head_stretches_and_acts_only_when_it_is_sure():
         assert torch.allclose(curves[:, 3:6], -(high - low).log(), atol=5e-3)
         gains = [0.9 * math.tanh(0.6), 0, 0, 1.5 * math.tanh(0.4), -1.5 * math.tanh(0.4)]
         assert torch.allclose(curves[:, 6:], torch.tensor(gains).expand(2, -1), atol=1e-5)
+        bias[11:] = torch.tensor((-0.0502, 0.1548))  # probabilities of 0.45 and 0.65: half of each doubt
+        half = head(whole)[0]
+        assert torch.allclose(half[:, :3], low / 2, atol=2e-3)
+        assert torch.allclose(half[:, 9:], curves[:, 9:] / 2, atol=2e-3)
         bias[11:] = 0.0
         assert torch.allclose(head(whole, doubting=False)[0][:, :3], low / 2, atol=2e-3)  # as far as it is likely
 

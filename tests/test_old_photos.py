@@ -418,11 +418,16 @@ def test_sizes_have_to_agree_about_damage():
     assert ru.agreed_damage([*sizes, line])[505:535, 110:890].min() == 255
 
 
-def test_specks_need_no_other_size_but_a_sure_middle():
-    own, empty = np.zeros((512, 512), np.uint8), [np.zeros((256, 256), np.uint8)]
-    own[98:104, 98:104] = 0.3 * 255  # a rim that is not sure
-    own[99:103, 99:103] = 255
+def test_specks_need_no_smaller_size_but_a_sure_middle():
+    own, empty = np.zeros((512, 512), np.uint8), np.zeros((256, 256), np.uint8)
+    own[98:104, 98:104] = 0.3 * 255  # a rim that is not sure, most of it
+    own[99:103, 99:102] = 255
     own[300:306, 300:306] = 0.5 * 255
-    own[400:430, 400:430] = 255  # no speck: the other size should see it
-    found = ru.agreed_damage([*empty, own]) > 0
-    assert found[98:104, 98:104].all() and not found[290:].any()
+    own[200:210, 200:210] = 255  # too thick for a speck, and too long: the other size should see them
+    own[250:254, 100:200] = 255
+    found = ru.agreed_damage([empty, own]) > 0
+    assert found[98:104, 98:104].all() and found.sum() <= 64
+    small = empty.copy()
+    small[100:105, 100:105] = 255  # at a larger size, which would see more of it, there is nothing
+    assert not ru.agreed_damage([small, np.zeros_like(own)]).any()
+    assert ru.agreed_damage([small])[100:105, 100:105].all()

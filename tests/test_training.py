@@ -134,7 +134,7 @@ def test_generator_step_descends_gan_loss_plus_100_l1_and_leaves_the_discriminat
     optimizer = torch.optim.SGD(generator.parameters(), 1.0)
     for parameter in generator.parameters():
         parameter.grad = torch.ones_like(parameter)  # of a step before, to be forgotten
-    ru.generator_step(discriminator, optimizer, (batch[0], generator(batch[0]), batch[1]), 100.0, FLOAT32)
+    ru.generator_step(discriminator, optimizer, (batch[0], generator(batch[0]), batch[1]), None, TINY, FLOAT32)
     assert all(torch.allclose(p, e, atol=1e-4) for p, e in zip(generator.parameters(), expected))
     assert same(before, discriminator.state_dict())
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
@@ -148,8 +148,8 @@ def test_generator_step_goes_on_teaching_what_a_hole_is(batch):
     loss = (restored - batch[1]).abs().mean() + 0.5 * ru.detection_loss(hole, batch[2]["hole"])
     expected = gradient_step(reference, ((score - 1) ** 2).mean() + 100 * loss)
     optimizer, (restored, hole) = torch.optim.SGD(generator.parameters(), 1.0), generator.restore(batch[0])
-    holes = hole, batch[2]["hole"]
-    losses = ru.generator_step(discriminator, optimizer, (batch[0], restored, batch[1]), 100.0, FLOAT32, holes, 0.5)
+    holes, settings = (hole, batch[2]["hole"]), dataclasses.replace(TINY, heads_weight=0.5)
+    losses = ru.generator_step(discriminator, optimizer, (batch[0], restored, batch[1]), holes, settings, FLOAT32)
     assert torch.isclose(losses["holes"], ru.detection_loss(*holes))
     assert all(torch.allclose(p, e, atol=1e-4) for p, e in zip(generator.parameters(), expected))
 
@@ -171,7 +171,7 @@ def test_shifted_rolls_all_by_the_same_random_amount_below_the_limit(batch):
 def test_both_steps_of_the_gan_get_shifted_pairs_the_plain_recipe_as_they_are(run, pairs, monkeypatch, plain):
     run = with_settings(run, gan_epochs=1, **(ru.PLAIN if plain else {"shift": 5}))
     shifted, seen, rngs = [], [], []
-    steps = ru.discriminator_step, ru.generator_step
+    steps, taught = (ru.discriminator_step, ru.generator_step), []
 
     def shift(images, limit, rng):
         assert limit == (0 if plain else 5)
@@ -181,13 +181,15 @@ def test_both_steps_of_the_gan_get_shifted_pairs_the_plain_recipe_as_they_are(ru
 
     monkeypatch.setattr(ru, "shifted", shift)
     monkeypatch.setattr(ru, "discriminator_step", lambda *a: seen.append(a[2]) or steps[0](*a))
-    monkeypatch.setattr(ru, "generator_step", lambda *a: seen.append(a[2]) or steps[1](*a))
+    monkeypatch.setattr(ru, "generator_step", lambda *a: seen.append(a[2]) or taught.append(a[3]) or steps[1](*a))
     train = ru.split_pairs(pairs, run.settings).gan_train
     train_gan(run, pairs)
     order = ru.training_order(len(train), run.settings, "gan", 1)
     loader = ru.make_loader(train, run.settings.gan_batch, run.device, order)
+    assert not plain or taught == [None] * len(loader)
     assert len(seen) == 2 * len(shifted) == 2 * len(loader) and len(set(rngs)) == len(rngs)
-    for number, (degraded, original, _) in enumerate(loader):
+    for number, (degraded, original, info) in enumerate(loader):
+        assert plain or (torch.equal(taught[number][1], info["hole"]) and taught[number][0].requires_grad)
         for given in seen[2 * number : 2 * number + 2]:
             assert all(one is other for one, other in zip(given, shifted[number]))
         assert torch.equal(shifted[number][0].flip(2), degraded) and torch.equal(shifted[number][2].flip(2), original)
@@ -262,7 +264,7 @@ def test_mixed_precision_restores_and_learns_what_float32_does(run, lesson, dtyp
                 restored = generator(degraded)
             assert restored.dtype == torch.float32
             step = ru.discriminator_step(discriminator, optimizers[1], (degraded, restored, clean), of_d)
-            step |= ru.generator_step(discriminator, optimizers[0], (degraded, restored, clean), 100.0, precision)
+            step |= ru.generator_step(discriminator, optimizers[0], (degraded, restored, clean), None, TINY, precision)
             losses.append(step)
         results.append([{name: value.item() for name, value in step.items()} for step in losses])
     for exact, mixed in zip(*results):
@@ -487,7 +489,7 @@ def test_the_plain_recipe_trains_through_both_stages(run, pairs):
     _, first = pretrain(plain, pairs)
     assert "holes" not in first[0]
     generator, _, history = train_gan(plain, pairs)
-    assert len(history) == 2
+    assert len(history) == 2 and "holes" not in history[0]
     loaded = ru.load_generator(plain.outputs / "face_restoration_generator_final.pth")
     assert same(dict(loaded.state_dict()), dict(generator.state_dict()))
 
