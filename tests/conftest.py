@@ -26,6 +26,13 @@ TINY = dataclasses.replace(
 )
 
 
+def pytest_collection_modifyitems(config, items):
+    """The quick profile is trained only where `training` is asked for."""
+    for item in items:
+        if item.get_closest_marker("training") and "training" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="40 minutes: -m training"))
+
+
 class Stub(torch.nn.Module):
     """Stands for a generator: `change` maps what it sees to what it returns, `find` to where it sees damage."""
 
