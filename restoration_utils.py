@@ -135,7 +135,7 @@ class Settings:
 
 NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16}
 QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2}
-LONG = QUICK | {"full_resolution_channels": 24, "pretrain_epochs": 12, "pretrain_lr_step": 9}
+LONG = QUICK | {"full_resolution_channels": 24, "pretrain_epochs": 8, "pretrain_lr_step": 6}
 TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
 FULL = Settings()
 PROFILES = {
