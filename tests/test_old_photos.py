@@ -155,7 +155,7 @@ def test_thumbnails_are_the_originals_once_each_and_pale_ones_are_paler(pairs):
         original = ru.FaceRestorationGANDataset([pair])[0][1]
         rgb = torch.from_numpy(small[number, ..., ::-1].copy()).permute(2, 0, 1) / 127.5 - 1
         assert (rgb - nn.functional.avg_pool2d(original, 2)).abs().max() < 0.01
-    portrait = ru.draw_portrait(rng(5), 256)
+    portrait = ru.draw_portrait(rng(1), 256)
     pale = [ru.make_pale(portrait, rng(seed)) for seed in range(10)]
     assert all(np.ptp(image) < np.ptp(portrait) and image.std() < portrait.std() for image in pale)
     assert np.mean([np.ptp(image, axis=2).mean() for image in pale]) < 0.85 * np.ptp(portrait, axis=2).mean()
