@@ -2525,14 +2525,15 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
             weights = (values[band].ravel().astype(np.float64) ** power for band in bands)
             return sum(np.bincount(labels[band].ravel(), weight, count) for band, weight in zip(bands, weights))
 
+        area = total(found)  # px
         for n, other in enumerate(maps):
             reach = radius * max(other.shape) / max(own.shape)  # px at that size
             tells = (reach > REACH[0]) & (reach < REACH[1]) | (n == 0) & (reach >= REACH[1])
             seen = total(cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA))
             score, judges, ours = score + tells * seen, judges + tells, tells if n == number else ours
-            denied += (n > number) & tells & (seen < LIKELY * 255 * total(found))
+            denied += (n > number) & tells & (seen < LIKELY * 255 * area)
         sure = SURE - BONUS * np.log2(np.maximum(1, 30 * length))
-        accepted = (ours > 0) & (score > sure * 255 * judges * total(found))
+        accepted = (ours > 0) & (score > sure * 255 * judges * area)
         speck = (radius <= SPECK_RADIUS) & (boxes[:, 2:4].max(1) <= SPECK_LENGTH) & (denied == 0)
         accepted |= speck & (total(own, 2) > SPECK_SURE * 255 * total(own))
         for band in bands:

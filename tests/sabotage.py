@@ -115,7 +115,11 @@ SABOTAGES = (
              "total(own) > SPECK_SURE * 255 * total(found)", "specks"),
     Sabotage("specks of any thickness", "(radius <= SPECK_RADIUS) & ", "", "specks"),
     Sabotage("specks that a larger size denies", " & (denied == 0)", "", "specks"),
-    Sabotage("heads learn no faster", ", heads=s.heads_lr)", ")", "every_optimizer"),
+    Sabotage("heads learn no faster", ", heads=s.heads_lr, ", ", ", "every_optimizer"),
+    Sabotage("a wild batch undoes the detector", ", heads_norm=s.heads_norm)", ")", "every_optimizer"),
+    Sabotage("gradients of any length", 'if group.get("largest_norm"):', "if False:", "wild_gradient"),
+    Sabotage("gradients shortened before they are unscaled", "        self.scaler.unscale_(optimizer)\n", "",
+             "wild_gradient"),
     Sabotage("the whole picture's changes are lost", "            seen = seen + tensor(_enlarged, drift, size) + 1 "
              " # 1: it is a difference\n", "", "whole_picture_says"),
     Sabotage("colour in a grey picture", "            if is_grey:\n                image", "            if False:\n"

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -429,6 +430,8 @@ def test_every_optimizer_gets_its_settings(run, pairs, monkeypatch):
     assert given == [("Adam", 1e-3, (0.9, 0.999)), ("Adam", 1e-4, (0.5, 0.999)), ("Adam", 2e-4, (0.5, 0.999))]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
     assert rates == [pytest.approx([1e-3, 3e-3]), [1e-4, 1e-4], [2e-4]]
+    norms = [[group.get("largest_norm") for group in optimizer.param_groups] for optimizer in made]
+    assert norms == [[None, 1.0], [None, None], [None]]
 
 
 def test_what_looks_for_grain_and_holes_learns_three_times_as_fast_and_nothing_is_left_out():
@@ -439,6 +442,24 @@ def test_what_looks_for_grain_and_holes_learns_three_times_as_fast_and_nothing_i
     assert len(rest["params"]) + len(heads) == len(list(generator.parameters()))
     assert (rest["lr"], fast["lr"]) == pytest.approx((1e-3, 3e-3))
     assert [group["lr"] for group in ru.adam(ru.build_discriminator(TINY), 2e-4).param_groups] == [2e-4]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_wild_gradient_of_what_looks_for_holes_is_shortened_and_no_other(dtype):
+    generator = ru.build_generator(TINY)
+    optimizer = ru.adam(generator, 1e-3, heads_norm=1.0)
+    rest, heads = (group["params"] for group in optimizer.param_groups)
+    precision = precision_of(dtype) if dtype else FLOAT32
+
+    def norms(factor):
+        loss = factor * sum((weight - 1).sum() for part in (rest, heads) for weight in part)
+        precision.update(optimizer, loss)
+        return [math.sqrt(sum(weight.grad.square().sum().item() for weight in part)) for part in (rest, heads)]
+
+    count = [sum(weight.numel() for weight in part) for part in (rest, heads)]
+    assert norms(1.0) == pytest.approx([math.sqrt(count[0]), 1.0], rel=1e-4)
+    small = 0.5 / math.sqrt(count[1])  # what is short enough stays as it is
+    assert norms(small) == pytest.approx([small * math.sqrt(count[0]), 0.5], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "gan"])
