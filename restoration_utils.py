@@ -48,7 +48,7 @@ import numpy as np
 import psutil
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -115,7 +115,7 @@ class Settings:
     pretrain_epochs: int = 10
     pretrain_lr: float = 1e-3  # Adam, PyTorch's default betas
     heads_lr: float = 3.0  # times pretrain_lr: what looks for grain and holes gets in 400 steps as far as in 1200
-    heads_norm: float | None = 1.0  # longest gradient of these weights, mostly 0.1 to 0.5; None: however long
+    heads_norm: float = 1.0  # longest gradient of these weights, mostly 0.1 to 0.5; one of 20 undid a whole training
     pretrain_lr_step: int = 15  # epochs; like the patience reached only where the epochs are raised
     patience: int = 10  # epochs without a better validation loss before stopping early
     mse_weight: float = 0.1  # beside L1
@@ -135,9 +135,8 @@ class Settings:
 
 
 NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16}
-QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2, "heads_norm": None}
+QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2}
 LONG = QUICK | {"full_resolution_channels": 24, "pretrain_epochs": 5, "pretrain_lr_step": 4, "gan_epochs": 1}
-LONG |= {"heads_norm": 1.0}  # without it a run went astray in its fourth epoch, after two batches of 2.7 and 19.7
 TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
 FULL = Settings()
 PROFILES = {
@@ -490,26 +489,33 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
 
 
-def without_tint(image: Image.Image) -> Image.Image:
-    """A photograph in one tone (grey, sepia, or grey with a cast) in neutral grey, RGB; any other as it is.
+def in_one_tone(image: Image.Image) -> bool | None:
+    """Whether a photograph is in one tone (grey, sepia, or grey with a cast); None if nobody can say.
 
     In one tone, colours depend on the brightness only: at 256 px, where grain is gone, R - G and B - G of 95 % of the
     pixels are within 5 levels of the median at their brightness (more, if the tone is strong), and hardly any far from
-    it: painted cheeks are colour. With under a fifth of all brightnesses nobody can say: a blue wall is no blue print.
+    it: painted cheeks are colour. So it is with a red wall, too, with sand or with the sea: where a picture does not
+    reach from dark to light, or is as colourful as no print turns, it may be either.
     """
     small = image.resize((min(IMAGE_SIZE, image.width), min(IMAGE_SIZE, image.height)), Image.Resampling.BOX)
-    brightness = np.asarray(small.convert("L")).ravel() // 8
-    if len(np.unique(brightness)) < 7:
-        return image
+    luma = np.asarray(small.convert("L")).ravel()
+    brightness, (darkest, lightest) = luma // 8, np.quantile(luma, (0.01, 0.99))
     red, green, blue = np.asarray(small, np.float32).reshape(-1, 3).T
+    is_print = lightest - darkest >= 100  # of 76 prints aged by age_photo the palest has 111
     for chroma in (red - green, blue - green):
         usual = ndimage.median(chroma, brightness, np.arange(32))
         jumps = np.abs(np.diff(usual[np.unique(brightness)]))  # from one brightness to the next, a tone changes little
-        off = np.abs(chroma - usual[brightness])
-        many, strong = np.quantile(off, 0.95) > 5 + 0.13 * np.abs(chroma).mean(), (off > 30).mean() > 0.003
-        if many or strong or jumps.max() > 30:
-            return image
-    return image.convert("L").convert("RGB")
+        off, strength = np.abs(chroma - usual[brightness]), np.abs(chroma).mean()
+        many, strong = np.quantile(off, 0.95) > 5 + 0.13 * strength, (off > 30).mean() > 0.003
+        if many or strong or jumps.max(initial=0) > 30:
+            return False
+        is_print = is_print and strength <= 50  # theirs: up to 37
+    return True if is_print else None
+
+
+def without_tint(image: Image.Image) -> Image.Image:
+    """A photograph that is `in_one_tone` in neutral grey, RGB; any other as it is."""
+    return image.convert("L").convert("RGB") if in_one_tone(image) else image
 
 
 def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality, comment: str = "") -> None:
@@ -1141,7 +1147,7 @@ def prepare_pairs(faces: Faces, places: Places, settings: Settings) -> list[Pair
     return store_images(report.pairs, places, settings)
 
 
-STORE_VERSION = 1  # to be raised when without_tint or draw_views do something else
+STORE_VERSION = 2  # to be raised when in_one_tone or draw_views do something else
 
 
 def stored_shape(settings: Settings) -> tuple[int, ...]:
@@ -1287,7 +1293,7 @@ class FaceRestorationGANDataset(Dataset):
         hole = torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE)
         if pair.mask_plane:
             hole = views[view, pair.mask_plane, None].float().div_(255)
-        if pair.is_grey or bool((whole == whole[:1]).all()):  # from a grey photograph comes a grey one
+        if pair.is_grey:  # the photograph that comes back from a black-and-white print
             original = transforms.functional.rgb_to_grayscale(original, 3)
         if mirrored:
             degraded, original, hole, whole = (image.flip(-1) for image in (degraded, original, hole, whole))
@@ -2027,11 +2033,17 @@ def average_of(network: nn.Module, decay: float) -> AveragedModel:
 
 
 def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor, dict]:
-    """A loader's batch on the device, images channels last (a third faster on a CPU)."""
+    """A loader's batch on the device, images channels last (a third faster on a CPU).
+
+    What is to be learnt from a grey picture is a grey one, even if its original has colours: no network knows them.
+    """
     degraded, original, info = batch
     options = {"non_blocking": True, "memory_format": torch.channels_last}
     moved = {key: info[key].to(device, **options) for key in ("hole", "whole")}
-    return degraded.to(device, **options), original.to(device, **options), info | moved
+    degraded, original = degraded.to(device, **options), original.to(device, **options)
+    is_grey = (degraded == degraded[:, :1]).flatten(1).all(1)[:, None, None, None]
+    original = torch.where(is_grey, transforms.functional.rgb_to_grayscale(original, 3), original)
+    return degraded, original.contiguous(memory_format=torch.channels_last), info | moved
 
 
 def image_losses(restored: Tensor, original: Tensor) -> dict[str, Tensor]:
@@ -2485,8 +2497,10 @@ def _by_windows(photo: np.ndarray, look: Callable[[list], Tensor], channels: int
                 overlap = xs[i - 1] + IMAGE_SIZE - xs[i] if i else 0
                 _fade_in(strip[:, xs[i] : xs[i] + IMAGE_SIZE], window, overlap, axis=1)
                 bar.update()
-        rows = image[y : y + IMAGE_SIZE]
-        _fade_in(rows, strip[: len(rows), :width], ys[j - 1] + IMAGE_SIZE - y if j else 0, axis=0)
+        rows, overlap = image[y : y + IMAGE_SIZE], ys[j - 1] + IMAGE_SIZE - y if j else 0
+        for x in range(0, width, 4096):  # saves memory
+            part = np.s_[: len(rows), x : min(x + 4096, width)]
+            _fade_in(rows[part], strip[part], overlap, axis=0)
     return image
 
 
@@ -2514,7 +2528,8 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
         _, labels, boxes, _ = cv2.connectedComponentsWithStats(found)  # labels of every likely pixel, from 1 on
         length = boxes[:, 2:4].max(1) / max(own.shape)
         inside = cv2.distanceTransform(found, cv2.DIST_L1, 3, dstType=cv2.CV_8U)
-        bands = [np.s_[top : top + 256] for top in range(0, len(found), 256)]  # saves memory
+        rows = max(1, 2**20 // found.shape[1])
+        bands = [np.s_[top : top + rows] for top in range(0, len(found), rows)]  # saves memory
         radius, score, judges, ours, denied = np.zeros((5, len(length)))
         for band in bands:
             np.maximum.at(radius, labels[band], inside[band])
@@ -2626,11 +2641,12 @@ def restore_photo(
 
     The whole picture at 256 px gives colours, slow changes of light, and large holes. Then the size is doubled, up to
     its own: at every size the holes are filled from the one before, and overlapping windows mend grain, scratches and
-    dust. A photograph in one tone (grey, sepia) comes back in neutral grey, but from the plain recipe.
+    dust. A photograph in one tone (grey, sepia) comes back in neutral grey, but from the plain recipe; where nobody can
+    say whether it is, its colours stay as they are.
 
     Damage is looked for and repainted. With a `mask`, uint8 (H, W), exactly what is lighter than half grey in it is;
-    with fill=False nothing is. ValueError if the photograph or the mask has another shape or type, or for the plain
-    recipe, which cannot say where it repaints.
+    with fill=False nothing is. ValueError for both at once, if the photograph or the mask has another shape or type, or
+    for the plain recipe, which cannot say where it repaints.
     """
     for what, image, ndim in (("photograph", photo, 3), ("mask", mask, 2)):
         if image is not None and (image.ndim != ndim or image.dtype != np.uint8):
@@ -2639,6 +2655,8 @@ def restore_photo(
     if mask is not None and mask.shape != photo.shape[:2]:
         sizes = [f"{image.shape[1]} x {image.shape[0]} px" for image in (mask, photo)]
         raise ValueError(f"the mask has {sizes[0]}, the photograph {sizes[1]}")
+    if mask is not None and not fill:
+        raise ValueError("a mask says what is to be repainted, fill=False that nothing is: leave one of them out")
     sizes = level_sizes(*photo.shape[1::-1])
     if generator.plain and (mask is not None or not fill):
         raise ValueError("the plain recipe draws every pixel anew: it knows neither `fill` nor a mask")
@@ -2648,6 +2666,7 @@ def restore_photo(
         mask = np.zeros(photo.shape[:2], np.uint8)
     picture = to_pil(photo)
     del photo  # a large one takes much memory
+    one_tone = in_one_tone(picture)
     picture = without_tint(picture)
     levels = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) for size in sizes]
     is_grey = bool((levels[0] == levels[0][..., :1]).all())
@@ -2658,6 +2677,8 @@ def restore_photo(
         curves = generator.color(F.avg_pool2d(_to_tensor([whole], next(generator.parameters()).device), 4))[0]
         if is_grey:  # one curve for all
             curves[:, :9] = curves[:, :9].view(1, 3, 3).mean(2).repeat_interleave(3, 1)
+        elif one_tone is None:  # more contrast would be more colour, which a pale grey print with a cast never had
+            curves = torch.zeros_like(curves)
         if mask is None:
             damage = agreed_damage([damage_probabilities(level, generator, curves, bar) for level in levels])
         else:
@@ -2673,6 +2694,15 @@ def restore_photo(
                 image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
             coarser = image, large_scale_change(level, image, hole, curves) if coarser is None else coarser[1]
     return RestoredPhoto(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), damage)
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """An image file as a mask, uint8 (H, W): its lightest channel, and 0 where it is transparent."""
+    mask = read_image(path).max(2)
+    with Image.open(path) as image:
+        if "A" in image.getbands() or "transparency" in image.info:  # painted on a layer of its own
+            return cv2.min(mask, np.asarray(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")))
+    return mask
 
 
 def restore_image_gan(
@@ -2694,11 +2724,12 @@ def restore_image_gan(
     suffix = destination.suffix.lower()
     if suffix not in IMAGE_SUFFIXES or (suffix not in JPEG_SUFFIXES and not cv2.haveImageWriter(destination.name)):
         raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
-    given = None if mask is None else read_image(Path(mask).expanduser()).max(2)
+    given = None if mask is None else read_mask(Path(mask).expanduser())
     restored = restore_photo(read_image(source), generator, fill, given)
     write_image(destination, restored.image)
     share = "every pixel drawn anew" if generator.plain else f"{restored.repainted.mean() / 255:.2%} repainted"
-    print(f"{destination.name}: {share}")
+    is_grey = not np.ptp(restored.image[::8, ::8], axis=2).any()
+    print(f"{destination.name}: {share}" + ", in neutral grey" * is_grey)
     return restored.image
 
 

@@ -124,12 +124,17 @@ SABOTAGES = (
              " # 1: it is a difference\n", "", "whole_picture_says"),
     Sabotage("colour in a grey picture", "            if is_grey:\n                image", "            if False:\n"
              "                image", "grey_in_grey_out"),
+    Sabotage("a red wall for a print", "    return True if is_print else None", "    return True", "red_wall"),
+    Sabotage("a pale print gains colour", "        elif one_tone is None:", "        elif False:", "red_wall"),
+    Sabotage("the layer under a mask", 'if "A" in image.getbands()', "if False", "share_that_was_repainted"),
     Sabotage("a given mask is not trusted", "        if mask is None:\n            damage",
              "        if True:\n            damage", "mask_is_trusted"),
     Sabotage("large holes by windows alone", "            hole = hole * (1 - deep)", "            hole = hole * 1",
              "damage_of_any_size"),
-    Sabotage("a grey print's truth in colour", "        if pair.is_grey or bool(", "        if bool(",
+    Sabotage("a grey print's truth in colour", "        if pair.is_grey:  #", "        if False:  #",
              "paired_with_the_grey"),
+    Sabotage("colours to be learnt from grey", "torch.where(is_grey, transforms.functional.rgb_to_grayscale("
+             "original, 3), original)", "original", "grey_picture_teaches"),
     Sabotage("scenes are validated on", "    pairs = [pair for pair in pairs if not pair.is_scene]\n", "",
              "only_trained_on"),
     Sabotage("mask of another place than the window", "Image.Resampling.BILINEAR, box))  # antialiased",

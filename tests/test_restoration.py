@@ -88,6 +88,8 @@ def test_any_image_comes_back_at_its_size(tmp_path, mode, size):
     result = ru.restore_image_gan(source, tmp_path / "out" / "b.png", darker())
     assert result.shape == (*size, 3) and result.dtype == np.uint8
     assert np.array_equal(ru.read_image(tmp_path / "out" / "b.png"), result)
+    if mode in ("L", "LA", "1", "I;16"):
+        assert (result == result[..., :1]).all()  # one channel in, one channel's worth out
     seen = np.asarray(ru.without_tint(ru.open_image(source)))[..., ::-1]
     error = np.abs(result - (seen - 12.75).clip(0))
     assert error.max() <= 1.5 if mode != "1" else error.mean() < 8  # where half of the pixels are clipped

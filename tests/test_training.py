@@ -198,6 +198,15 @@ def test_both_steps_of_the_gan_get_shifted_pairs_the_plain_recipe_as_they_are(ru
         assert restored.requires_grad and not torch.equal(restored, shifted[number][0])
 
 
+def test_a_grey_picture_teaches_grey_and_any_other_its_colours(batch):
+    degraded, original, _ = batch
+    degraded[0] = degraded[0, :1]
+    seen, truth, _ = ru.to_device(batch, torch.device("cpu"))
+    weights = original.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)  # ITU-R BT.601
+    assert torch.allclose(truth[0], (weights * original[0]).sum(0).expand(3, -1, -1), atol=1e-3)
+    assert torch.equal(truth[1], original[1]) and torch.equal(seen, degraded)
+
+
 def test_means_count_images_not_batches():
     means = ru.Means("here")
     means.add({"l1": torch.tensor(1.0)}, 8)

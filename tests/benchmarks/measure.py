@@ -155,7 +155,7 @@ def measure(generators: Mapping[str, nn.Module], pairs: Sequence[ru.Pair], stren
     Methods are `degraded` (doing nothing), those of `generators` by name, and the classical ones. The kind `clean` has
     an original on both sides.
     """
-    clean = [pair.undamaged() for pair in pairs if pair.kind == ru.KINDS[0]]
+    clean = [pair.undamaged() for pair in pairs if pair.kind == pairs[0].kind]
     rows = []
     for kind in (*run.settings.kinds, "clean"):
         chosen = [pair for pair in (*pairs, *clean) if pair.kind == kind]
@@ -510,8 +510,8 @@ def main() -> None:
     ru.check_same_run(final, content, run)
     generators = load_generators(run)
     strength = tune_non_local_means(splits.pretrain_train, settings)
-    size = ru.read_image(faces.files[0]).shape
-    print(f"{len(splits.gan_validation) // 3} validation faces of {size[1]} x {size[0]} px, measured at 256 px")
+    size, names = ru.read_image(faces.files[0]).shape, {pair.name for pair in splits.gan_validation}
+    print(f"{len(names)} validation faces of {size[1]} x {size[0]} px, measured at 256 px")
     summary = summarize(measure(generators, splits.gan_validation, strength, run))
     print_summary(summary)
     print_regions(summary)

@@ -263,10 +263,10 @@ def our_steps(device: torch.device, mixed: bool) -> tuple[Callable, Callable]:
         """Step 5."""
         degraded, original, info = ru.to_device(batch, device)
         with precision[0].autocast(generator):
-            restored = generator(degraded, info["whole"])
+            restored, hole = generator.restore(degraded, info["whole"])
         images = ru.shifted((degraded, restored, original), SETTINGS.shift, np.random.default_rng(0))
         ru.discriminator_step(discriminator, adam_d, images, precision[1])
-        ru.generator_step(discriminator, training, images, SETTINGS.l1_weight, precision[0])
+        ru.generator_step(discriminator, training, images, (hole, info["hole"]), SETTINGS, precision[0])
         average.update_parameters(generator)
 
     return pretrain, gan
