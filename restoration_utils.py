@@ -2468,12 +2468,11 @@ def _fade_in(target: np.ndarray, new: np.ndarray, overlap: int, axis: int) -> No
     target[...] = np.rint(mixed) if target.dtype == np.uint8 else mixed
 
 
-def _smooth(change: Tensor, known: Tensor, reach: float) -> Tensor:
-    """What is known of a change, (N, 3, H, W) and (N, 1, H, W), without anything finer than `reach` px."""
-    both = torch.cat([change * known, known], 1).permute(0, 2, 3, 1).cpu().numpy()
-    blurred = [cv2.GaussianBlur(image, (0, 0), reach, borderType=cv2.BORDER_REFLECT) for image in both]
-    both = torch.from_numpy(np.stack(blurred)).permute(0, 3, 1, 2).to(change)
-    return both[:, :3] / both[:, 3:].clamp(min=1e-3)
+def _smooth(change: Tensor, reach: float) -> Tensor:
+    """A change, (N, 3, H, W), without anything finer than `reach` px."""
+    images = change.permute(0, 2, 3, 1).cpu().numpy()
+    blurred = [cv2.GaussianBlur(image, (0, 0), reach, borderType=cv2.BORDER_REFLECT) for image in images]
+    return torch.from_numpy(np.stack(blurred)).permute(0, 3, 1, 2).to(change)
 
 
 def _to_tensor(windows: Sequence[np.ndarray], device: torch.device) -> Tensor:
@@ -2559,6 +2558,27 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
     return cv2.dilate(mask, np.ones((3, 3), np.uint8))
 
 
+def fill_from_edges(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """An image, uint8 (H, W, 3), whose `hole`, uint8 (H, W), 255 there, else 0, is filled smoothly from its edges.
+
+    As `fill_from_around`, at any size: half the image, whose pixels are means of what is known, is filled and enlarged.
+    Then every pixel of the hole becomes the mean around it, a few times, which brings it close to what a membrane
+    between the edges would be (Laplace's equation).
+    """
+    if not hole.any() or hole.all():
+        return image
+    known, half = cv2.bitwise_not(hole), ((hole.shape[1] + 1) // 2, (hole.shape[0] + 1) // 2)
+    share = cv2.resize(known, half, interpolation=cv2.INTER_AREA)
+    means = cv2.resize(cv2.copyTo(image, known, np.zeros_like(image)), half, interpolation=cv2.INTER_AREA)
+    means = cv2.divide(means, cv2.merge([share] * 3), scale=255)
+    smaller = fill_from_edges(means, cv2.threshold(share, 0, 255, cv2.THRESH_BINARY_INV)[1])
+    filled = cv2.resize(smaller, hole.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    cv2.copyTo(image, known, filled)
+    for _ in range(8):
+        cv2.copyTo(cv2.blur(filled, (3, 3)), hole, filled)
+    return filled
+
+
 def photo_noise(photo: np.ndarray, curves: Tensor) -> Tensor:
     """The noise level, (1, 1, 1, 1), of a whole photograph, RGB uint8 (H, W, 3): a window full of grass cannot tell.
 
@@ -2580,11 +2600,11 @@ def photo_noise(photo: np.ndarray, curves: Tensor) -> Tensor:
 
 
 def mend_level(
-    photo: np.ndarray, damage: np.ndarray, generator: UNetGenerator, curves: Tensor, coarser: tuple | None, bar: Any
+    photo: np.ndarray, generator: UNetGenerator, curves: Tensor, drift: np.ndarray | None, bar: Any
 ) -> np.ndarray:
-    """Restores `photo`, RGB uint8 (h, w, 3), by windows, repainting its `damage`, uint8 (h, w), more than 0 there.
+    """Restores `photo`, RGB uint8 (h, w, 3), whose holes are filled, by windows.
 
-    `coarser` is what is known from the size before: the restored image, and the large-scale change.
+    `drift` is the `large_scale_change` that is known from the whole picture, at any size.
     """
     size, level = photo.shape[1::-1], photo_noise(photo, curves)
 
@@ -2593,31 +2613,25 @@ def mend_level(
             return _to_tensor([cut(image, *arguments, x, y) for x, y in places], curves.device)
 
         seen = recolor(tensor(_cut, photo), curves.expand(len(places), -1))
-        hole = (tensor(_cut, damage) > -1).float()
-        if coarser:
-            image, drift = coarser
+        if drift is not None:
             seen = seen + tensor(_enlarged, drift, size) + 1  # 1: it is a difference
-            deep = 1 - F.max_pool2d(1 - hole, 9, 1, 4)  # 4 px or more inside
-            seen = seen + deep * (tensor(_enlarged, image, size) - seen)
-            hole = hole * (1 - deep)  # what is narrow is filled at its own size, from both sides
-        restored, known = generator.mend(seen, hole, level).restored, 1 - hole
-        if coarser:  # windows see no more than themselves: what is large has been mended already
-            restored = restored - known * _smooth(restored - seen.clamp(-1, 1), known, 16)
+        restored = generator.mend(seen, torch.zeros_like(seen[:, :1]), level).restored
+        if drift is not None:  # windows see no more than themselves: what is large has been mended already
+            restored = restored - _smooth(restored - seen.clamp(-1, 1), 16)
         return (restored + 1) * 127.5
 
     return _by_windows(photo, look, 3, bar)
 
 
-def large_scale_change(before: np.ndarray, after: np.ndarray, hole: np.ndarray, curves: Tensor) -> np.ndarray:
+def large_scale_change(before: np.ndarray, after: np.ndarray, curves: Tensor) -> np.ndarray:
     """What restoring changed beside colours, slowly across the whole picture: float32 (h, w, 3), of 255.
 
-    From two RGB images, uint8 (h, w, 3), but for the `hole`, uint8 (h, w), 255 there.
+    From two RGB images, uint8 (h, w, 3).
     """
-    height, width = hole.shape
+    height, width = after.shape[:2]
     seen = recolor(_to_tensor([_cut(before, 0, 0)], curves.device), curves).clamp(-1, 1)[..., :height, :width]
     change = torch.from_numpy(after).to(seen).permute(2, 0, 1)[None] / 127.5 - 1 - seen
-    known = 1 - torch.from_numpy(hole).to(seen)[None, None] / 255
-    return 127.5 * _smooth(change, known, 8)[0].permute(1, 2, 0).cpu().numpy()
+    return 127.5 * _smooth(change, 8)[0].permute(1, 2, 0).cpu().numpy()
 
 
 def _restore_plainly(photo: np.ndarray, generator: UNetGenerator, size: tuple[int, int]) -> RestoredPhoto:
@@ -2639,14 +2653,14 @@ def restore_photo(
 ) -> RestoredPhoto:
     """Restores a photograph, uint8 BGR (H, W, 3), at its own size: the result, and a mask of what was repainted.
 
-    The whole picture at 256 px gives colours, slow changes of light, and large holes. Then the size is doubled, up to
-    its own: at every size the holes are filled from the one before, and overlapping windows mend grain, scratches and
-    dust. A photograph in one tone (grey, sepia) comes back in neutral grey, but from the plain recipe; where nobody can
-    say whether it is, its colours stay as they are.
+    Damage is looked for at several sizes, from 256 px to its own, and filled from its edges. Colours and slow changes
+    of light are taken from the whole picture at 256 px; all else is mended by overlapping windows at its own size. A
+    photograph in one tone (grey, sepia) comes back in neutral grey, but from the plain recipe; where nobody can say
+    whether it is, its colours stay as they are.
 
-    Damage is looked for and repainted. With a `mask`, uint8 (H, W), exactly what is lighter than half grey in it is;
-    with fill=False nothing is. ValueError for both at once, if the photograph or the mask has another shape or type, or
-    for the plain recipe, which cannot say where it repaints.
+    With a `mask`, uint8 (H, W), exactly what is lighter than half grey in it is repainted; with fill=False nothing is.
+    ValueError for both at once, if the photograph or the mask has another shape or type, or for the plain recipe, which
+    cannot say where it repaints.
     """
     for what, image, ndim in (("photograph", photo, 3), ("mask", mask, 2)):
         if image is not None and (image.ndim != ndim or image.dtype != np.uint8):
@@ -2672,7 +2686,8 @@ def restore_photo(
     is_grey = bool((levels[0] == levels[0][..., :1]).all())
     whole = np.asarray(picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR))
     del picture
-    windows = (1 if mask is not None else 2) * count_windows(sizes)
+    mended = sizes[:1] + sizes[1:][-1:]  # the sizes between are for finding damage
+    windows = count_windows(mended) + (count_windows(sizes) if mask is None else 0)
     with evaluating(generator), progress("restoring", windows, "window") as bar:
         curves = generator.color(F.avg_pool2d(_to_tensor([whole], next(generator.parameters()).device), 4))[0]
         if is_grey:  # one curve for all
@@ -2683,16 +2698,15 @@ def restore_photo(
             damage = agreed_damage([damage_probabilities(level, generator, curves, bar) for level in levels])
         else:
             damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]
-        coarser = None
-        levels = levels if damage.any() else levels[:1] + levels[1:][-1:]  # those between are for filling
-        bar.total = bar.n + count_windows(level.shape[1::-1] for level in levels)
-        for level in levels:
-            hole = cv2.resize(damage, level.shape[1::-1], interpolation=cv2.INTER_AREA)
-            hole = cv2.threshold(hole, 12, 255, cv2.THRESH_BINARY)[1]  # a twentieth of a pixel
-            image = mend_level(level, hole, generator, curves, coarser, bar)
+        filled, drift = fill_from_edges(levels[-1], damage), None
+        del levels
+        for size in mended:
+            level = np.asarray(Image.fromarray(filled).resize(size, Image.Resampling.BILINEAR))
+            image = mend_level(level, generator, curves, drift, bar)
             if is_grey:
                 image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-            coarser = image, large_scale_change(level, image, hole, curves) if coarser is None else coarser[1]
+            drift = large_scale_change(level, image, curves) if drift is None else drift
+        image = fill_from_edges(image, damage)  # anew, from what is without grain now
     return RestoredPhoto(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), damage)
 
 

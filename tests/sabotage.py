@@ -101,10 +101,10 @@ SABOTAGES = (
     Sabotage("fading cut off", "return cv2.multiply(faded, gain, dtype=cv2.CV_8U)",
              "return cv2.multiply(faded, gain, dtype=cv2.CV_32F).astype(np.uint8)", "colorsys"),
     Sabotage("outline of holes kept", "return cv2.dilate(mask, np.ones((3, 3), np.uint8))", "return mask", "halo"),
-    Sabotage("windows change what is large", "            restored = restored - known * "
-             "_smooth(restored - seen.clamp(-1, 1), known, 16)\n", "            pass\n", "no_seams"),
-    Sabotage("clipped highlights have a halo", "_smooth(restored - seen.clamp(-1, 1), known, 16)",
-             "_smooth(restored - seen, known, 16)", "no_halo"),
+    Sabotage("windows change what is large", "            restored = restored - "
+             "_smooth(restored - seen.clamp(-1, 1), 16)\n", "            pass\n", "no_seams"),
+    Sabotage("clipped highlights have a halo", "_smooth(restored - seen.clamp(-1, 1), 16)",
+             "_smooth(restored - seen, 16)", "no_halo"),
     Sabotage("windows judge their own noise", "level = (own if level is None else level)", "level = own",
              "told_the_noise or noise_level_given"),
     Sabotage("detection is not taught by a step of the GAN", "loss + settings.l1_weight * settings.heads_weight *",
@@ -129,8 +129,12 @@ SABOTAGES = (
     Sabotage("the layer under a mask", 'if "A" in image.getbands()', "if False", "share_that_was_repainted"),
     Sabotage("a given mask is not trusted", "        if mask is None:\n            damage",
              "        if True:\n            damage", "mask_is_trusted"),
-    Sabotage("large holes by windows alone", "            hole = hole * (1 - deep)", "            hole = hole * 1",
-             "damage_of_any_size"),
+    Sabotage("holes filled with grain", "        image = fill_from_edges(image, damage)", "        image = image",
+             "free_of_grain"),
+    Sabotage("holes filled with what covers them", "cv2.copyTo(image, known, np.zeros_like(image))", "image",
+             "filling_from_edges or soft_edged"),
+    Sabotage("holes filled in steps", "    for _ in range(8):\n        cv2.copyTo", "    for _ in range(0):\n        "
+             "cv2.copyTo", "filling_from_edges"),
     Sabotage("a grey print's truth in colour", "        if pair.is_grey:  #", "        if False:  #",
              "paired_with_the_grey"),
     Sabotage("colours to be learnt from grey", "torch.where(is_grey, transforms.functional.rgb_to_grayscale("
