@@ -2414,8 +2414,8 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 # of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long.
 # A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes, and its mean,
 # in which a pixel weighs as much as it is likely, must be so sure. Chosen by photographs that no training has seen.
-LIKELY, SURE, BONUS, REACH = 0.25, 0.7, 0.07, (0.4, 15)
-SPECK_LENGTH, SPECK_RADIUS, SPECK_SURE = 14, 3, 0.6
+LIKELY, SURE, BONUS, REACH = 0.25, 0.8, 0.07, (0.4, 15)
+SPECK_LENGTH, SPECK_RADIUS, SPECK_SURE = 14, 3, 0.8
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2706,7 +2706,6 @@ def restore_photo(
             if is_grey:
                 image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
             drift = large_scale_change(level, image, curves) if drift is None else drift
-        image = fill_from_edges(image, damage)  # anew, from what is without grain now
     return RestoredPhoto(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), damage)
 
 

@@ -129,8 +129,6 @@ SABOTAGES = (
     Sabotage("the layer under a mask", 'if "A" in image.getbands()', "if False", "share_that_was_repainted"),
     Sabotage("a given mask is not trusted", "        if mask is None:\n            damage",
              "        if True:\n            damage", "mask_is_trusted"),
-    Sabotage("holes filled with grain", "        image = fill_from_edges(image, damage)", "        image = image",
-             "free_of_grain"),
     Sabotage("holes filled with what covers them", "cv2.copyTo(image, known, np.zeros_like(image))", "image",
              "filling_from_edges or soft_edged"),
     Sabotage("holes filled in steps", "    for _ in range(8):\n        cv2.copyTo", "    for _ in range(0):\n        "
