@@ -506,7 +506,7 @@ def test_sizes_have_to_agree_about_damage():
 def test_specks_need_no_smaller_size_but_a_sure_middle():
     own, empty = np.zeros((512, 512), np.uint8), np.zeros((256, 256), np.uint8)
     own[98:104, 98:104] = 0.3 * 255  # a rim that is not sure, most of it
-    own[99:103, 99:102] = 255
+    own[99:103, 99:103] = 255
     own[300:306, 300:306] = 0.5 * 255
     own[200:210, 200:210] = 255  # too thick for a speck, and too long: the other size should see them
     own[250:254, 100:200] = 255

@@ -189,7 +189,8 @@ def test_both_steps_of_the_gan_get_shifted_pairs_the_plain_recipe_as_they_are(ru
     loader = ru.make_loader(train, run.settings.gan_batch, run.device, order)
     assert not plain or taught == [None] * len(loader)
     assert len(seen) == 2 * len(shifted) == 2 * len(loader) and len(set(rngs)) == len(rngs)
-    for number, (degraded, original, info) in enumerate(loader):
+    for number, batch in enumerate(loader):
+        degraded, original, info = ru.to_device(batch, run.device)
         assert plain or (torch.equal(taught[number][1], info["hole"]) and taught[number][0].requires_grad)
         for given in seen[2 * number : 2 * number + 2]:
             assert all(one is other for one, other in zip(given, shifted[number]))
