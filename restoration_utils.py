@@ -2681,7 +2681,7 @@ def restore_photo(
     picture = to_pil(photo)
     del photo  # a large one takes much memory
     one_tone = in_one_tone(picture)
-    picture = without_tint(picture)
+    picture = picture.convert("L").convert("RGB") if one_tone else picture
     levels = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) for size in sizes]
     is_grey = bool((levels[0] == levels[0][..., :1]).all())
     whole = np.asarray(picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR))
