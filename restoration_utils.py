@@ -114,13 +114,14 @@ class Settings:
     # step 4, pretraining
     pretrain_epochs: int = 10
     pretrain_lr: float = 1e-3  # Adam, PyTorch's default betas
-    heads_lr: float = 3.0  # times pretrain_lr: what looks for grain and holes gets in 400 steps as far as in 1200
+    heads_lr: float = 2.0  # times pretrain_lr: what looks for grain and holes starts from nothing; 3 can go astray
     heads_norm: float = 1.0  # longest gradient of these weights, mostly 0.1 to 0.5; one of 20 undid a whole training
     pretrain_lr_step: int = 15  # epochs; like the patience reached only where the epochs are raised
     patience: int = 10  # epochs without a better validation loss before stopping early
     mse_weight: float = 0.1  # beside L1
-    heads_weight: float = 1.0  # of the loss that teaches the generator's heads (colour, holes), beside L1
+    heads_weight: float = 1.0  # of the losses that teach the generator's heads (colour, grain, holes), beside L1
     color_lessons: int = 24  # thumbnails in every step, faded anew, for the colour head alone
+    grain_lessons: int = 8  # squares of 128 px in every step, made noisy anew, for the grain head alone
 
     # step 5, GAN training
     gan_epochs: int = 10
@@ -146,7 +147,7 @@ PROFILES = {
     "smoke": Settings("smoke", max_faces=12, portraits=12, portrait_size=128, scenes=2, windows=1, **TINY),
 }
 # The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew, the pair as it is.
-PLAIN = {"plain": True, "heads_weight": 0.0, "color_lessons": 0, "ema": 0.0, "shift": 0}
+PLAIN = {"plain": True, "heads_weight": 0.0, "color_lessons": 0, "grain_lessons": 0, "ema": 0.0, "shift": 0}
 PLAIN |= {"kinds": KINDS[:3], "scenes": 0, "windows": 0, "undamaged": False}
 VARIABLES = tuple(f"RESTORATION_{name}" for name in ("PROFILE", "PLAIN", "STRICT", "FACES"))
 
@@ -856,7 +857,7 @@ def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> list[tuple[np
     unit, care = min(shape[:2]) / 1000, rng.uniform(0.3, 1.1)
     paper = tuple((rng.uniform(205, 245) + np.array((-14, -4, 0)) * rng.uniform(0, 1.5)).tolist())
     ink = (rng.uniform(5, 70),) * 3
-    torn = paper if rng.random() < 0.7 else (rng.choice((8.0, 250.0)),) * 3
+    torn = paper if rng.random() < 0.4 else (rng.choice((*rng.uniform(2, 30, 2), 250)),) * 3  # mostly paper or black
     dark, light, tears = (np.zeros(shape[:2], np.uint8) for _ in range(3))
     if rng.random() < care:
         _draw_dust(light, rng, unit)
@@ -1428,7 +1429,7 @@ def detail_of(images: Tensor) -> Tensor:
 
 
 def block_levels(detail: Tensor) -> Tensor:
-    """Root mean square of `detail`, (N, 3, 256, 256), in every block of 16 x 16 px, (N, 256)."""
+    """Root mean square of `detail`, (N, 3, H, W), in every block of 16 x 16 px, (N, blocks)."""
     return F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).clamp(min=1e-12).sqrt()
 
 
@@ -1448,7 +1449,8 @@ class GrainHead(nn.Module):
 
     It sees the image minus its local mean, in units of the image's own noise level: what it learns for one amount of
     noise holds for another, and it hardly touches a picture without. It starts at zero, and what it takes away has a
-    local mean of zero: it could else be blamed for wrong colours, an error far larger than noise.
+    local mean of zero. It learns from lessons of its own (`grain_lesson`): in the pairs, few of which are noisy, it
+    would be blamed for colours and holes, errors far larger than noise, and a decibel and a half stayed behind.
     """
 
     def __init__(self, channels: int) -> None:
@@ -1461,7 +1463,7 @@ class GrainHead(nn.Module):
         nn.init.zeros_(self.noise.weight)
 
     def forward(self, scaled: Tensor) -> Tensor:
-        """From an image's detail in units of its noise level the noise in these units, both (N, 3, 256, 256)."""
+        """From an image's detail in units of its noise level the noise in these units, both (N, 3, H, W)."""
         scaled = scaled.clamp(-6, 6)  # what stands out further is no noise
         return 3 * detail_of(convolve_both(self.noise, self.features(scaled), scaled).float())  # 3: learns fast
 
@@ -1563,7 +1565,8 @@ class OutputLayer(nn.Module):
         own = noise_level(block_levels(detail))  # (N, 1, 1, 1)
         level = (own if level is None else level).clamp(min=1 / 127.5)  # at least an 8-bit step
         limit = 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
-        without_grain = (recolored - level * self.grain(detail / level)).clamp(-limit, limit)  # (N, 3, 256, 256)
+        with torch.no_grad():  # learnt from lessons of its own
+            without_grain = (recolored - level * self.grain(detail / level)).clamp(-limit, limit)  # (N, 3, 256, 256)
         if damage is None:
             hole = hole + self.detect(recolored, detail, detail / own.clamp(min=1 / 127.5))
             covered = torch.sigmoid(hole)
@@ -2078,7 +2081,7 @@ def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Pat
         save_image(rows, temporary, nrow=len(degraded), padding=0, normalize=True, value_range=(-1, 1))
 
 
-# ====== Colour lessons ================================================================================================
+# ====== Lessons for the heads =========================================================================================
 
 
 def thumbnails(pairs: Sequence[Pair]) -> np.ndarray:
@@ -2103,7 +2106,7 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
     From `originals`, uint8 BGR (M, 128, 128, 3): `whole` and `original`, float RGB (N, 3, 64, 64) in [-1, 1]; `known`,
     (N, 1, 64, 64), 0 in holes; `faded`, (N, 2), whether by `distort_colors` and whether by `age_untouched`.
     Some of the originals are pale, of some only a part is shown, which may be all red or have no white, and one in
-    four stays as it is. Halved after the damage, or grain would be too coarse.
+    four stays as it is. Halved after the damage, or grain would be too coarse. Empty if there are to be none.
     """
 
     def halved(image: np.ndarray) -> np.ndarray:
@@ -2131,6 +2134,8 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
         is_grey = (whole == whole[..., :1]).all() or (kind == "aged" and tone >= 0)  # no colours can come back
         truth = halved(to_grey(original) if is_grey else original)[..., ::-1]
         rows.append((whole, truth, halved(known)[..., None] == 255, (kind == "color", kind == "aged")))
+    if not rows:
+        return {}
     *images, faded = (torch.from_numpy(np.stack(column)).float() for column in zip(*rows))
     whole, original, known = (image.permute(0, 3, 1, 2) for image in images)
     return {"whole": whole / 127.5 - 1, "original": original / 127.5 - 1, "known": known, "faded": faded}
@@ -2146,6 +2151,40 @@ def color_loss(head: ColorHead, lesson: Mapping[str, Tensor]) -> Tensor:
     recolored = (lesson["known"] * (recolor(lesson["whole"], curves) - lesson["original"]).abs()).mean()
     weight = 1 + (1 - lesson["faded"]) * lesson["faded"].new_tensor((0, 3))
     return recolored + 0.1 * F.binary_cross_entropy_with_logits(faded, lesson["faded"], weight)
+
+
+def grain_lesson(pairs: Sequence[Pair], settings: Settings, rng: np.random.Generator) -> dict[str, Tensor]:
+    """A batch of squares of 128 px for the grain head, from the originals of the pairs, made noisy anew every time.
+
+    `noisy` and `clean`, float RGB (N, 3, 128, 128) in [-1, 1]; empty if there are to be none. Half have Gaussian noise,
+    half of these of the usual sigma, a quarter film grain as a JPEG of quality 60 to 95 keeps it, a quarter none.
+    """
+    images, side, squares = np.load(pairs[0].store, mmap_mode="r"), IMAGE_SIZE // 2, []
+    for _ in range(settings.grain_lessons):
+        row, view = pairs[rng.integers(len(pairs))].row, rng.integers(1 + settings.windows)
+        top, left = rng.integers(0, side + 1, 2)
+        square = images[row, view, 2::-1, top : top + side, left : left + side].transpose(1, 2, 0)
+        clean = noisy = np.ascontiguousarray(np.rot90(square, rng.integers(4)))
+        kind = rng.integers(4)
+        if kind == 0:
+            grainy = cv2.convertScaleAbs((clean + film_grain(clean.shape, rng)[..., None]).clip(0))
+            quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))]
+            noisy = cv2.imdecode(cv2.imencode(".jpg", grainy, quality)[1], cv2.IMREAD_COLOR)
+        elif kind < 3:
+            sigma = settings.noise_sigma if kind == 1 else log_uniform(rng, 3, 50)
+            noisy = add_gaussian_noise(clean, rng, replace(settings, noise_sigma=sigma))
+        squares.append((noisy[..., ::-1], clean[..., ::-1]))
+    if not squares:
+        return {}
+    noisy, clean = (torch.from_numpy(np.stack(column)).permute(0, 3, 1, 2) for column in zip(*squares))
+    return {"noisy": noisy / 127.5 - 1, "clean": clean / 127.5 - 1}
+
+
+def grain_loss(head: GrainHead, lesson: Mapping[str, Tensor]) -> Tensor:
+    """Teaches the grain head what is noise: L1 of a `grain_lesson`'s squares without what it takes for noise."""
+    detail = detail_of(lesson["noisy"])
+    level = noise_level(block_levels(detail)).clamp(min=1 / 127.5)  # as the output layer has it
+    return F.l1_loss(lesson["noisy"] - level * head(detail / level), lesson["clean"])
 
 
 # ====== Pretraining ===================================================================================================
@@ -2167,9 +2206,9 @@ def detection_loss(hole: Tensor, damage: Tensor) -> Tensor:
 def pretrain_step(
     generator: UNetGenerator, optimizer: Optimizer, batch: tuple, lesson: Mapping, run: Run, precision: Precision
 ) -> dict[str, Tensor]:
-    """One update of the generator on L1 + 0.1 MSE + `heads_weight` x (`detection_loss` + `color_loss`).
+    """One update of the generator on L1 + 0.1 MSE + `heads_weight` x (`detection_loss`, `color_loss`, `grain_loss`).
 
-    Returns them one by one. The `lesson` is for the colour head.
+    Returns them one by one. The `lesson` is a `color_lesson`, a `grain_lesson`, both or empty.
     """
     degraded, original, info = to_device(batch, run.device)
     with precision.autocast(generator):
@@ -2179,9 +2218,13 @@ def pretrain_step(
     if run.settings.heads_weight and restoration.hole is not None:
         losses["holes"] = detection_loss(restoration.hole, info["hole"])
         loss = loss + run.settings.heads_weight * losses["holes"]
-    if lesson:
-        losses["color"] = color_loss(generator.color, {k: v.to(run.device) for k, v in lesson.items()})
+    lesson = {name: images.to(run.device) for name, images in lesson.items()}
+    if "faded" in lesson:
+        losses["color"] = color_loss(generator.color, lesson)
         loss = loss + run.settings.heads_weight * losses["color"]
+    if "noisy" in lesson:
+        losses["grain"] = grain_loss(generator.output.grain, lesson)
+        loss = loss + run.settings.heads_weight * losses["grain"]
     precision.update(optimizer, loss)  # zero_grad(), backward(), step()
     return losses
 
@@ -2222,9 +2265,9 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
                 print(f"pretrain: stopped early, no better validation loss for {counted(s.patience, 'epoch')}")
                 break
             means = Means(f"pretrain, epoch {epoch}", precision)
-            rng = np.random.default_rng(derive_seed(s.seed, "colour lessons", epoch))
+            rng = np.random.default_rng(derive_seed(s.seed, "lessons", epoch))
             for batch in stage.batches():
-                lesson = {} if generator.plain or not s.color_lessons else color_lesson(originals, s, rng)
+                lesson = {} if s.plain else color_lesson(originals, s, rng) | grain_lesson(train, s, rng)
                 losses = pretrain_step(generator, optimizer, batch, lesson, run, precision)
                 average.update_parameters(generator)
                 means.add(losses, len(batch[0]))
@@ -2799,7 +2842,8 @@ def plot_pretrain_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
     """The pretraining's L1 + 0.1 MSE, and what the heads learn from, drawn and saved as `path`."""
     curves = {"loss": "training", "val_loss": "validation (averaged weights)"}
     panels = {"Pretraining: L1 + 0.1 MSE": curves, "holes, found": {"holes": "training"}}
-    return _plot_curves(history, panels | {"colour lessons": {"color": "training"}}, path)
+    panels |= {"colour lessons": {"color": "training"}, "grain lessons": {"grain": "training"}}
+    return _plot_curves(history, panels, path)
 
 
 def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
