@@ -1433,15 +1433,14 @@ def block_levels(detail: Tensor) -> Tensor:
     return F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).clamp(min=1e-12).sqrt()
 
 
-def noise_level(blocks: Tensor, of: Tensor | None = None) -> Tensor:
+def noise_level(blocks: Tensor, quantile: float = 0.1) -> Tensor:
     """A picture's noise, from its `block_levels`, (N, any number), as their value where it is flattest: (N, 1, 1, 1).
 
     Where a photograph shows nothing, what is left is its noise (block-based, Olsen 1993). Blocks without even half an
-    8-bit step of it are a border or a hole and do not count; with nothing else the level is 0. `of`: from other values
-    of these blocks.
+    8-bit step of it are a border or a hole and do not count; with nothing else the level is 0.
     """
-    counted = (blocks if of is None else of).where(blocks > 0.5 / 127.5, torch.nan)
-    return counted.nanquantile(0.1, dim=1).nan_to_num(0.0)[:, None, None, None]
+    counted = blocks.where(blocks > 0.5 / 127.5, torch.nan)
+    return counted.nanquantile(quantile, dim=1).nan_to_num(0.0)[:, None, None, None]
 
 
 class GrainHead(nn.Module):
@@ -2157,22 +2156,24 @@ def grain_lesson(pairs: Sequence[Pair], settings: Settings, rng: np.random.Gener
     """A batch of squares of 128 px for the grain head, from the originals of the pairs, made noisy anew every time.
 
     `noisy` and `clean`, float RGB (N, 3, 128, 128) in [-1, 1]; empty if there are to be none. Half have Gaussian noise,
-    half of these of the usual sigma, a quarter film grain as a JPEG of quality 60 to 95 keeps it, a quarter none.
+    half of these of the usual sigma; three in eight have film grain, as a JPEG of quality 60 to 95 keeps it, and one in
+    eight none. One in four is grey: where noise is alike in all channels, it is harder to tell from texture.
     """
     images, side, squares = np.load(pairs[0].store, mmap_mode="r"), IMAGE_SIZE // 2, []
     for _ in range(settings.grain_lessons):
         row, view = pairs[rng.integers(len(pairs))].row, rng.integers(1 + settings.windows)
         top, left = rng.integers(0, side + 1, 2)
         square = images[row, view, 2::-1, top : top + side, left : left + side].transpose(1, 2, 0)
-        clean = noisy = np.ascontiguousarray(np.rot90(square, rng.integers(4)))
-        kind = rng.integers(4)
-        if kind == 0:
+        clean = np.ascontiguousarray(np.rot90(square, rng.integers(4)))
+        clean = noisy = to_grey(clean) if rng.random() < 0.25 else clean
+        kind = rng.integers(8)
+        if kind < 4:
+            sigma = settings.noise_sigma if kind < 2 else log_uniform(rng, 3, 50)
+            noisy = add_gaussian_noise(clean, rng, replace(settings, noise_sigma=sigma))
+        elif kind < 7:
             grainy = cv2.convertScaleAbs((clean + film_grain(clean.shape, rng)[..., None]).clip(0))
             quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))]
             noisy = cv2.imdecode(cv2.imencode(".jpg", grainy, quality)[1], cv2.IMREAD_COLOR)
-        elif kind < 3:
-            sigma = settings.noise_sigma if kind == 1 else log_uniform(rng, 3, 50)
-            noisy = add_gaussian_noise(clean, rng, replace(settings, noise_sigma=sigma))
         squares.append((noisy[..., ::-1], clean[..., ::-1]))
     if not squares:
         return {}
@@ -2455,10 +2456,11 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 # When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `SURE`, at all sizes at which
 # it reaches between the two numbers of `REACH` px from its middle. With every doubling of its length, from a thirtieth
 # of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long.
-# A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes, and its mean,
-# in which a pixel weighs as much as it is likely, must be so sure. Chosen by photographs that no training has seen.
-LIKELY, SURE, BONUS, REACH = 0.25, 0.8, 0.07, (0.4, 15)
-SPECK_LENGTH, SPECK_RADIUS, SPECK_SURE = 14, 3, 0.8
+# A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes; of it a pixel
+# weighs as much in the mean as it is likely. Where `ENOUGH` of a picture is damaged for sure, the rest of its damage is
+# likely, too, and `PLAUSIBLE` will do. Chosen by photographs that no training has seen.
+LIKELY, SURE, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.85, 0.55, 0.001, 0.07, (0.4, 15)
+SPECK_LENGTH, SPECK_RADIUS = 14, 3
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2563,8 +2565,10 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
     sizes that can tell, its own among them. Those are the sizes at which it is neither a dot nor larger than what is
     around it in a window; they have to agree. A speck of dust may be too small for all but one, and most of it is its
     rim, which is never sure: there the mean is weighted with the probability itself, and only larger sizes can object.
+    Much that would be no damage by itself is some in a picture with other damage: two thresholds, as Canny 1986 has for
+    edges.
     """
-    mask = np.zeros_like(maps[-1])
+    mask = np.zeros_like(maps[-1])  # 1 where damage is plausible, 2 where it is sure
     for number, own in enumerate(maps):
         found = (own > LIKELY * 255).astype(np.uint8)
         _, labels, boxes, _ = cv2.connectedComponentsWithStats(found)  # labels of every likely pixel, from 1 on
@@ -2589,16 +2593,20 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
             seen = total(cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA))
             score, judges, ours = score + tells * seen, judges + tells, tells if n == number else ours
             denied += (n > number) & tells & (seen < LIKELY * 255 * area)
-        sure = SURE - BONUS * np.log2(np.maximum(1, 30 * length))
-        accepted = (ours > 0) & (score > sure * 255 * judges * area)
+        less = BONUS * np.log2(np.maximum(1, 30 * length))
         speck = (radius <= SPECK_RADIUS) & (boxes[:, 2:4].max(1) <= SPECK_LENGTH) & (denied == 0)
-        accepted |= speck & (total(own, 2) > SPECK_SURE * 255 * total(own))
-        for band in bands:
-            found[band] = 255 * accepted[labels[band]]
+        squares = total(own, 2)
+        for threshold, value in ((PLAUSIBLE, 1), (SURE, 2)):
+            accepted = (ours > 0) & (score > (threshold - less) * 255 * judges * area)
+            accepted |= speck & (squares > threshold * 255 * total(own))
+            for band in bands:
+                found[band] = 255 * accepted[labels[band]]
+            enlarged = cv2.resize(found, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
+            cv2.max(mask, cv2.threshold(enlarged, 127, value, cv2.THRESH_BINARY, enlarged)[1], mask)
+            del enlarged
         del labels, total  # it holds them, too
-        found = cv2.resize(found, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        mask = cv2.max(mask, cv2.threshold(found, 127, 255, cv2.THRESH_BINARY)[1])
-    return cv2.dilate(mask, np.ones((3, 3), np.uint8))
+    enough = 0 if np.count_nonzero(mask == 2) > ENOUGH * mask.size else 1
+    return cv2.dilate(cv2.threshold(mask, enough, 255, cv2.THRESH_BINARY)[1], np.ones((3, 3), np.uint8))
 
 
 def fill_from_edges(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
@@ -2625,21 +2633,20 @@ def fill_from_edges(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
 def photo_noise(photo: np.ndarray, curves: Tensor) -> Tensor:
     """The noise level, (1, 1, 1, 1), of a whole photograph, RGB uint8 (H, W, 3): a window full of grass cannot tell.
 
-    If nothing is flat in all of it, this would be that of grass, cloth or stone, which is weaker the finer it is, while
-    noise is white: of its second differences across both axes (Immerkaer 1996) texture has a fifth to a half. In doubt,
-    there is no noise.
+    If nothing is flat in all of it, this would be that of grass, cloth or stone. But noise and film grain lie over
+    everything alike, so that the flattest tenth of the picture has as much of it as the flattest quarter; of texture it
+    has less. In doubt, there is no noise.
     """
-    across, blocks = curves.new_tensor(((1, -2, 1), (-2, 4, -2), (1, -2, 1))).expand(3, 1, 3, 3) / 6, []
+    blocks = []
     for y in window_starts(photo.shape[0]):
         for x in window_starts(photo.shape[1]):
-            detail = detail_of(recolor(_to_tensor([_cut(photo, x, y)], curves.device), curves))
-            finest = F.conv2d(detail, across, padding=1, groups=3)
-            blocks.append(torch.cat([block_levels(detail), block_levels(finest)]))
-    levels, differences = torch.cat(blocks, 1).split(1)
+            window = recolor(_to_tensor([_cut(photo, x, y)], curves.device), curves)
+            blocks.append(block_levels(detail_of(window)))
+    levels = torch.cat(blocks, 1)
     if (levels > 0.5 / 127.5).float().mean() < 0.1:  # the few that would count are not the flattest, but what is sharp
         return levels.new_zeros(1, 1, 1, 1)
-    level = noise_level(levels)
-    return level * doubtless(noise_level(levels, differences) / level.clamp(min=1e-6), 0.4, 0.6)
+    level, quarter = noise_level(levels), noise_level(levels, 0.25)
+    return level * doubtless(level / quarter.clamp(min=1e-6), 0.75, 0.9)
 
 
 def mend_level(

@@ -232,7 +232,7 @@ def test_plain_is_a_setting_of_every_profile(monkeypatch):
         monkeypatch.setenv("RESTORATION_PLAIN", "1")
         plain = dataclasses.asdict(ru.choose_settings(torch.device("cpu")))
         changed = {"plain": True} | dict.fromkeys(
-            ("heads_weight", "color_lessons", "ema", "shift", "scenes", "windows"), 0
+            ("heads_weight", "color_lessons", "grain_lessons", "ema", "shift", "scenes", "windows"), 0
         )
         changed |= {"kinds": ru.KINDS[:3], "undamaged": False}
         assert plain == dataclasses.asdict(profile) | changed

@@ -263,14 +263,17 @@ UNCHANGED = torch.zeros(1, 11)  # curves that leave every colour as it is
 
 def test_noise_is_that_of_the_whole_photograph_where_it_is_flattest_and_texture_is_none():
     noise = rng(0).normal(0, 1, (300, 700, 3))
-    grass = np.where(np.arange(700)[None, :, None] < 500, cv2.GaussianBlur(noise, (0, 0), 1) * 120, 0)
+    meadow = cv2.GaussianBlur(noise, (0, 0), 1) * np.linspace(20, 160, 700)[None, :, None]
+    grass = np.where(np.arange(700)[None, :, None] < 400, meadow, 0)
     for sigma in (5, 25):
         photo = (128 + grass + sigma * noise).clip(0, 255).astype(np.uint8)
         assert 127.5 * ru.photo_noise(photo, UNCHANGED).item() == pytest.approx(sigma, rel=0.15)
-        small = np.asarray(ru.to_pil(photo[:, 500:]).resize((120, 180), Image.Resampling.BILINEAR))
+        small = np.asarray(ru.to_pil(photo[:, 400:]).resize((150, 150), Image.Resampling.BILINEAR))
         assert 127.5 * ru.photo_noise(small, UNCHANGED).item() > 0.25 * sigma  # made smaller, it is noise still
-    grass = cv2.GaussianBlur(noise, (0, 0), 1) * 120
-    assert ru.photo_noise((128 + grass).clip(0, 255).astype(np.uint8), UNCHANGED) == 0
+    grain = ru.film_grain((300, 700), rng(3))[..., None]
+    told = 127.5 * ru.photo_noise(cv2.convertScaleAbs(128 + grass + grain), UNCHANGED).item()
+    assert 0.4 * grain.std() < told < grain.std()  # coarse, it is in part in the local mean
+    assert ru.photo_noise((128 + meadow).clip(0, 255).astype(np.uint8), UNCHANGED) == 0
     soft = 128 + cv2.GaussianBlur(noise, (0, 0), 3) * 20  # so weak that hardly a block counts, and one sharp patch
     soft[100:150, 100:150] += 60 * noise[100:150, 100:150]
     assert 127.5 * ru.photo_noise(soft.clip(0, 255).astype(np.uint8), UNCHANGED).item() < 1
@@ -503,10 +506,22 @@ def test_sizes_have_to_agree_about_damage():
     assert ru.agreed_damage([*sizes, line])[505:535, 110:890].min() == 255
 
 
+def test_what_is_plausible_counts_where_much_is_sure():
+    for side, found in ((20, False), (50, True)):  # 0.04 % and 0.24 % of the picture
+        own = np.zeros((1024, 1024), np.uint8)
+        own[500 : 500 + side, 500 : 500 + side] = 255
+        own[100:130, 100:130], own[800:805, 800:805] = 0.7 * 255, 0.7 * 255
+        own[300:330, 300:330] = 0.45 * 255
+        sizes = [cv2.resize(own, (n, n), interpolation=cv2.INTER_AREA) for n in (256, 512)]
+        damage = ru.agreed_damage([*sizes, own]) > 0
+        assert damage[505:515, 505:515].all() and not damage[300:330, 300:330].any()
+        assert damage[105:125, 105:125].all() == damage[801:804, 801:804].all() == damage[:400, :400].any() == found
+
+
 def test_specks_need_no_smaller_size_but_a_sure_middle():
     own, empty = np.zeros((512, 512), np.uint8), np.zeros((256, 256), np.uint8)
-    own[98:104, 98:104] = 0.3 * 255  # a rim that is not sure, most of it
-    own[99:103, 99:103] = 255
+    own[98:104, 98:104] = 0.3 * 255  # a rim that is not sure
+    own[98:103, 98:103] = 255
     own[300:306, 300:306] = 0.5 * 255
     own[200:210, 200:210] = 255  # too thick for a speck, and too long: the other size should see them
     own[250:254, 100:200] = 255
