@@ -2731,11 +2731,12 @@ def restore_photo(
     picture = to_pil(photo)
     del photo  # a large one takes much memory
     one_tone = in_one_tone(picture)
-    picture = picture.convert("L").convert("RGB") if one_tone else picture
-    levels = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) for size in sizes]
-    is_grey = bool((levels[0] == levels[0][..., :1]).all())
-    whole = np.asarray(picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR))
+    picture = picture.convert("L") if one_tone else picture
+    levels = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR).convert("RGB")) for size in sizes[:-1]]
+    whole = np.asarray(picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR).convert("RGB"))
+    levels.append(np.asarray(picture.convert("RGB") if one_tone else picture))
     del picture
+    is_grey = bool((levels[0] == levels[0][..., :1]).all())
     mended = sizes[:1] + sizes[1:][-1:]  # the sizes between are for finding damage
     windows = count_windows(mended) + (count_windows(sizes) if mask is None else 0)
     with evaluating(generator), progress("restoring", windows, "window") as bar:
@@ -2751,7 +2752,9 @@ def restore_photo(
         filled, drift = fill_from_edges(levels[-1], damage), None
         del levels
         for size in mended:
-            level = np.asarray(Image.fromarray(filled).resize(size, Image.Resampling.BILINEAR))
+            level = filled
+            if size != sizes[-1]:
+                level = np.asarray(Image.fromarray(filled).resize(size, Image.Resampling.BILINEAR))
             image = mend_level(level, generator, curves, drift, bar)
             if is_grey:
                 image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
