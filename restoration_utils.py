@@ -2759,6 +2759,7 @@ def restore_photo(
             if is_grey:
                 image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
             drift = large_scale_change(level, image, curves) if drift is None else drift
+    del filled, level
     return RestoredPhoto(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), damage)
 
 
