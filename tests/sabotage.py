@@ -100,7 +100,7 @@ SABOTAGES = (
              "mixed", "rounded_to_8_bits"),
     Sabotage("fading cut off", "return cv2.multiply(faded, gain, dtype=cv2.CV_8U)",
              "return cv2.multiply(faded, gain, dtype=cv2.CV_32F).astype(np.uint8)", "colorsys"),
-    Sabotage("outline of holes kept", "[1], np.ones((3, 3), np.uint8))", "[1], np.ones((1, 1), np.uint8))", "halo"),
+    Sabotage("outline of holes kept", "[1], np.ones((3, 3), np.uint8))", "[1], np.ones((1, 1), np.uint8))", "agree"),
     Sabotage("plausible is always enough", "enough = 0 if np.count_nonzero(mask == 2)",
              "enough = 0 if np.count_nonzero(mask >= 0)", "plausible"),
     Sabotage("the grain head blamed for everything", "with torch.no_grad():  # learnt from lessons of its own",
