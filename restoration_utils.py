@@ -2595,10 +2595,10 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
             denied += (n > number) & tells & (seen < LIKELY * 255 * area)
         less = BONUS * np.log2(np.maximum(1, 30 * length))
         speck = (radius <= SPECK_RADIUS) & (boxes[:, 2:4].max(1) <= SPECK_LENGTH) & (denied == 0)
-        squares = total(own, 2)
+        sums, squares = total(own), total(own, 2)
         for threshold, value in ((PLAUSIBLE, 1), (SURE, 2)):
             accepted = (ours > 0) & (score > (threshold - less) * 255 * judges * area)
-            accepted |= speck & (squares > threshold * 255 * total(own))
+            accepted |= speck & (squares > threshold * 255 * sums)
             for band in bands:
                 found[band] = 255 * accepted[labels[band]]
             enlarged = cv2.resize(found, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)

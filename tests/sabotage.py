@@ -117,8 +117,8 @@ SABOTAGES = (
              "loss + 0 *", "generator_step"),
     Sabotage("detection is not taught in the GAN stage", 'holes = None if generator.plain else (restoration.hole, '
              'info["hole"])', "holes = None", "both_steps"),
-    Sabotage("specks judged with their rim", "squares > threshold * 255 * total(own)",
-             "total(own) > threshold * 255 * area", "specks"),
+    Sabotage("specks judged with their rim", "squares > threshold * 255 * sums",
+             "sums > threshold * 255 * area", "specks"),
     Sabotage("specks of any thickness", "(radius <= SPECK_RADIUS) & ", "", "specks"),
     Sabotage("specks that a larger size denies", " & (denied == 0)", "", "specks"),
     Sabotage("heads learn no faster", ", heads=s.heads_lr, ", ", ", "every_optimizer"),
