@@ -215,7 +215,7 @@ def test_the_realism_table_has_every_kind_and_method(run, pairs, monkeypatch):
     trained = []
     train = measure.train_classifier
     monkeypatch.setattr(measure, "train_classifier", lambda *a: trained.append(a[3]) or train(*a))
-    table = measure.realism({"nothing": torch.nn.Identity()}, pairs[12:24], run)
+    table = measure.realism({"nothing": torch.nn.Identity()}, pairs[24:36], run)
     assert list(table) == list(ru.KINDS) and set(trained) == {20}  # the profile `smoke`
     for cells in table.values():
         for key, value in cells["degraded"].items():
