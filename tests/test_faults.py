@@ -127,7 +127,7 @@ def test_killed_at_random_moments_and_run_again_it_ends_with_the_same_bits(faces
     rng = random.Random(seed)
     whole = states(tmp_path / "whole"), pictures(tmp_path / "whole")
     kills = Counter()  # by the last thing that was done before
-    for number in range(2):  # runs, each killed again and again until it comes to its end
+    for number in range(8):  # runs, each killed again and again until it comes to its end
         outputs = tmp_path / f"killed_{number}"
         for attempt in range(100):
             longest = degrading if attempt < 3 else seconds / 2
@@ -138,6 +138,8 @@ def test_killed_at_random_moments_and_run_again_it_ends_with_the_same_bits(faces
             assert_all_files_are_whole(outputs)
         assert done == "finished", err
         assert_same((states(outputs), pictures(outputs)), whole, f"{number}")
+        if number and min(kills[stage] for stage in ("degraded", "pretrained")) >= 3:
+            break  # how many fall into which stage is chance
     print(f"killed after {dict(kills)}, seed {seed}")
     assert kills["ready"] and min(kills[stage] for stage in ("degraded", "pretrained")) >= 3, kills
 
