@@ -2454,13 +2454,14 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 
 
 # When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `SURE`, at all sizes at which
-# it reaches between the two numbers of `REACH` px from its middle. With every doubling of its length, from a thirtieth
-# of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as long.
-# A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes; of it a pixel
-# weighs as much in the mean as it is likely. Where `ENOUGH` of a picture is damaged for sure, the rest of its damage is
-# likely, too, and `PLAUSIBLE` will do. Chosen by photographs that no training has seen.
-LIKELY, SURE, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.85, 0.55, 0.001, 0.07, (0.4, 15)
-SPECK_LENGTH, SPECK_RADIUS = 14, 3
+# it reaches between the two numbers of `REACH` px from its middle. With the first two doublings of its length, from a
+# thirtieth of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as
+# long. A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes; of it a
+# pixel weighs as much in the mean as it is likely, and `SPECK_MORE` is asked. Where `ENOUGH` of a picture is damaged
+# for sure, the rest of its damage is likely, too, and `PLAUSIBLE` will do. Chosen by photographs that no training has
+# seen.
+LIKELY, SURE, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.8, 0.5, 0.001, 0.1, (0.4, 15)
+SPECK_LENGTH, SPECK_RADIUS, SPECK_MORE = 14, 3, 0.05
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2593,12 +2594,12 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
             seen = total(cv2.resize(other, own.shape[::-1], interpolation=cv2.INTER_AREA))
             score, judges, ours = score + tells * seen, judges + tells, tells if n == number else ours
             denied += (n > number) & tells & (seen < LIKELY * 255 * area)
-        less = BONUS * np.log2(np.maximum(1, 30 * length))
+        less = BONUS * np.log2((30 * length).clip(1, 4))
         speck = (radius <= SPECK_RADIUS) & (boxes[:, 2:4].max(1) <= SPECK_LENGTH) & (denied == 0)
         sums, squares = total(own), total(own, 2)
         for threshold, value in ((PLAUSIBLE, 1), (SURE, 2)):
             accepted = (ours > 0) & (score > (threshold - less) * 255 * judges * area)
-            accepted |= speck & (squares > threshold * 255 * sums)
+            accepted |= speck & (squares > (threshold + SPECK_MORE) * 255 * sums)
             for band in bands:
                 found[band] = 255 * accepted[labels[band]]
             enlarged = cv2.resize(found, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
