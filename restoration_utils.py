@@ -384,7 +384,7 @@ JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}
 IMAGE_SUFFIXES = JPEG_SUFFIXES | {".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")  # as Pillow calls them
 UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # pictures, but for other programs
-MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, restoring 16
+MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, restoring 19
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -512,6 +512,11 @@ def in_one_tone(image: Image.Image) -> bool | None:
             return False
         is_print = is_print and strength <= 50  # theirs: up to 37
     return True if is_print else None
+
+
+def is_neutral(image: np.ndarray) -> bool:
+    """Whether all channels of an image (H, W, 3) are the same."""
+    return all(np.array_equal(image[..., 0], image[..., channel]) for channel in (1, 2))
 
 
 def without_tint(image: Image.Image) -> Image.Image:
@@ -1443,12 +1448,17 @@ def noise_level(blocks: Tensor, quantile: float = 0.1) -> Tensor:
     return counted.nanquantile(quantile, dim=1).nan_to_num(0.0)[:, None, None, None]
 
 
+def grain_unit(detail: Tensor, level: Tensor | None = None) -> Tensor:
+    """In what grain is counted: the noise level, (N, 1, 1, 1), of images or as given, but at least an 8-bit step."""
+    return (noise_level(block_levels(detail)) if level is None else level).clamp(min=1 / 127.5)
+
+
 class GrainHead(nn.Module):
     """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN).
 
     It sees the image minus its local mean, in units of the image's own noise level: what it learns for one amount of
-    noise holds for another, and it hardly touches a picture without. It starts at zero, and what it takes away has a
-    local mean of zero. It learns from lessons of its own (`grain_lesson`): in the pairs, few of which are noisy, it
+    noise holds for another, and it hardly touches a picture without. It starts at zero, and what it takes away has
+    next to no local mean. It learns from lessons of its own (`grain_lesson`): in the pairs, few of which are noisy, it
     would be blamed for colours and holes, errors far larger than noise, and a decibel and a half stayed behind.
     """
 
@@ -1548,34 +1558,41 @@ class OutputLayer(nn.Module):
             self.propose.weight[:3] *= 0.1
             self.propose.bias.zero_()
 
-    def forward(
-        self, features: Tensor, recolored: Tensor, damage: Tensor | None = None, level: Tensor | None = None
-    ) -> Restoration:
-        """From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input.
+    def propose_changes(self, features: Tensor, recolored: Tensor) -> Sequence[Tensor]:
+        """A correction of every pixel, (N, 3, 256, 256), and a part of the logits of holes, (N, 1, 256, 256).
 
-        `damage` (N, 1, 256, 256), 0 or 1, takes the place of what would be detected, `level` (1, 1, 1, 1) that of the
-        noise level of every image.
+        From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input.
         """
         upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
         mixed = F.relu(convolve_both(self.mix, upsampled, recolored))  # (N, C, 256, 256)
-        proposals = convolve_both(self.propose, mixed, recolored).float()  # from here on in 32 bits
-        correction, hole = proposals.split([3, 1], 1)
-        detail = detail_of(recolored)  # (N, 3, 256, 256)
-        own = noise_level(block_levels(detail))  # (N, 1, 1, 1)
-        level = (own if level is None else level).clamp(min=1 / 127.5)  # at least an 8-bit step
-        limit = 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
+        return convolve_both(self.propose, mixed, recolored).float().split([3, 1], 1)  # from here on in 32 bits
+
+    def find_holes(self, recolored: Tensor, proposed: Tensor) -> Tensor:
+        """Logits of the probability that a pixel is covered, (N, 1, 256, 256); `proposed` is the part of them above."""
+        detail = detail_of(recolored)
+        return proposed + self.detect(recolored, detail, detail / grain_unit(detail))
+
+    def correct(self, recolored: Tensor, correction: Tensor, level: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The images without their grain, and with the correction, too: (N, 3, 256, 256) each, in [-1, 1].
+
+        `level` (1, 1, 1, 1) takes the place of the noise level of every image.
+        """
+        detail, limit = detail_of(recolored), 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
         with torch.no_grad():  # learnt from lessons of its own
-            without_grain = (recolored - level * self.grain(detail / level)).clamp(-limit, limit)  # (N, 3, 256, 256)
-        if damage is None:
-            hole = hole + self.detect(recolored, detail, detail / own.clamp(min=1 / 127.5))
-            covered = torch.sigmoid(hole)
-            if not self.training:  # wider by a pixel: its edge is no detail to keep
-                covered = doubtless(F.max_pool2d(covered, 3, 1, 1), 0.4, 0.6)
-        else:
-            covered, hole = damage, None
+            unit = grain_unit(detail, level)
+            without_grain = (recolored - unit * self.grain(detail / unit)).clamp(-limit, limit)
+        return without_grain, torch.tanh(torch.atanh(without_grain) + correction)
+
+    def forward(self, features: Tensor, recolored: Tensor) -> Restoration:
+        """Everything for images that are seen whole, from what `propose_changes` takes."""
+        correction, hole = self.propose_changes(features, recolored)
+        hole = self.find_holes(recolored, hole)
+        without_grain, kept = self.correct(recolored, correction)
+        covered = torch.sigmoid(hole)
+        if not self.training:  # wider by a pixel: its edge is no detail to keep
+            covered = doubtless(F.max_pool2d(covered, 3, 1, 1), 0.4, 0.6)
         known = (1 - 2 * covered.detach()).clamp(min=0)  # what is rather hole than not is no source to fill from
         surroundings = fill_from_around(without_grain, known)  # (N, 3, 256, 256)
-        kept = torch.tanh(torch.atanh(without_grain) + correction)
         return Restoration(kept + covered * (surroundings - kept), hole)
 
 
@@ -1635,23 +1652,34 @@ class UNetGenerator(nn.Module):
         """
         check_images(degraded, "the generator")
         if self.plain:
-            return self.mend(degraded)
+            return Restoration(self.output(self.features(degraded)).float())
         with torch.no_grad():
             curves, _ = self.color(F.avg_pool2d(degraded, 4) if whole is None else whole)
-        return self.mend(recolor(degraded, curves))
+        recolored = recolor(degraded, curves)
+        return self.output(self.features(recolored), recolored)
 
-    def mend(self, recolored: Tensor, damage: Tensor | None = None, level: Tensor | None = None) -> Restoration:
-        """All but the colours. What is given is not looked for: `damage`, (N, 1, 256, 256), 1 in holes and 0 elsewhere,
-        and the noise `level`, (1, 1, 1, 1).
-        """
-        x, maps = recolored, []
+    def features(self, images: Tensor) -> Tensor:
+        """What encoder and decoder make of images: (N, 2W, 128, 128)."""
+        x, maps = images, []
         for layer in self.encoder:
             x = layer(x)
             maps.append(x)  # (N, W, 128, 128), (N, 2W, 64, 64), ... (N, 8W, 1, 1)
         maps.pop()  # the bottleneck is no skip
         for layer in self.decoder:
             x = torch.cat([whole_gradient(y) for y in (layer(x), maps.pop())], 1)  # (N, 16W, 2, 2) to (N, 2W, 128, 128)
-        return Restoration(self.output(x).float()) if self.plain else self.output(x, recolored, damage, level)
+        return x
+
+    def find_damage(self, recolored: Tensor) -> Tensor:
+        """Logits of the probability that a pixel of a photograph's windows is damaged, (N, 1, 256, 256)."""
+        return self.output.find_holes(recolored, self.output.propose_changes(self.features(recolored), recolored)[1])
+
+    def mend(self, recolored: Tensor, level: Tensor) -> Tensor:
+        """A photograph's windows, all but colours and holes, which are mended: (N, 3, 256, 256) in [-1, 1].
+
+        `level` is the noise of the whole photograph, (1, 1, 1, 1): a window full of grass cannot tell.
+        """
+        correction = self.output.propose_changes(self.features(recolored), recolored)[0]
+        return self.output.correct(recolored, correction, level)[1]
 
 
 def build_generator(settings: Settings) -> UNetGenerator:
@@ -2184,8 +2212,8 @@ def grain_lesson(pairs: Sequence[Pair], settings: Settings, rng: np.random.Gener
 def grain_loss(head: GrainHead, lesson: Mapping[str, Tensor]) -> Tensor:
     """Teaches the grain head what is noise: L1 of a `grain_lesson`'s squares without what it takes for noise."""
     detail = detail_of(lesson["noisy"])
-    level = noise_level(block_levels(detail)).clamp(min=1 / 127.5)  # as the output layer has it
-    return F.l1_loss(lesson["noisy"] - level * head(detail / level), lesson["clean"])
+    unit = grain_unit(detail)
+    return F.l1_loss(lesson["noisy"] - unit * head(detail / unit), lesson["clean"])
 
 
 # ====== Pretraining ===================================================================================================
@@ -2454,14 +2482,15 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 
 
 # When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `SURE`, at all sizes at which
-# it reaches between the two numbers of `REACH` px from its middle. With the first two doublings of its length, from a
-# thirtieth of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and is as
-# long. A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes; of it a
-# pixel weighs as much in the mean as it is likely, and `SPECK_MORE` is asked. Where `ENOUGH` of a picture is damaged
-# for sure, the rest of its damage is likely, too, and `PLAUSIBLE` will do. Chosen by photographs that no training has
-# seen.
+# it reaches between the two numbers of `REACH` px from its middle. With each of the first two doublings of its length,
+# from a thirtieth of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and
+# is as long. A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes;
+# of it a pixel weighs as much in the mean as it is likely, and `SPECK_MORE` is asked. Where `ENOUGH` of a picture is
+# damaged for sure, the rest of its damage is likely, too, and `PLAUSIBLE` will do. Chosen by photographs that no
+# training has seen.
 LIKELY, SURE, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.8, 0.5, 0.001, 0.1, (0.4, 15)
 SPECK_LENGTH, SPECK_RADIUS, SPECK_MORE = 14, 3, 0.05
+LEAST_CONTRAST = 50  # levels, of a grey picture; the palest of 76 prints aged by age_photo has 111
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2554,7 +2583,7 @@ def damage_probabilities(photo: np.ndarray, generator: UNetGenerator, curves: Te
 
     def look(places: list[tuple[int, int]]) -> Tensor:
         windows = _to_tensor([_cut(photo, x, y) for x, y in places], curves.device)
-        return 255 * torch.sigmoid(generator.mend(recolor(windows, curves.expand(len(places), -1))).hole)
+        return 255 * torch.sigmoid(generator.find_damage(recolor(windows, curves.expand(len(places), -1))))
 
     return _by_windows(photo, look, 1, bar)[..., 0]
 
@@ -2613,7 +2642,8 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
 def fill_from_edges(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """An image, uint8 (H, W, 3), whose `hole`, uint8 (H, W), 255 there, else 0, is filled smoothly from its edges.
 
-    As `fill_from_around`, at any size: half the image, whose pixels are means of what is known, is filled and enlarged.
+    As `fill_from_around`, at any size: half the image, whose pixels are means of what is known (a quarter of it, or it
+    is a hole there, too: means of slivers are wrong), is filled and enlarged.
     Then every pixel of the hole becomes the mean around it, a few times, which brings it close to what a membrane
     between the edges would be (Laplace's equation).
     """
@@ -2623,7 +2653,7 @@ def fill_from_edges(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     share = cv2.resize(known, half, interpolation=cv2.INTER_AREA)
     means = cv2.resize(cv2.copyTo(image, known, np.zeros_like(image)), half, interpolation=cv2.INTER_AREA)
     means = cv2.divide(means, cv2.merge([share] * 3), scale=255)
-    smaller = fill_from_edges(means, cv2.threshold(share, 0, 255, cv2.THRESH_BINARY_INV)[1])
+    smaller = fill_from_edges(means, cv2.threshold(share, 63, 255, cv2.THRESH_BINARY_INV)[1])
     filled = cv2.resize(smaller, hole.shape[::-1], interpolation=cv2.INTER_LINEAR)
     cv2.copyTo(image, known, filled)
     for _ in range(8):
@@ -2631,18 +2661,23 @@ def fill_from_edges(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     return filled
 
 
-def photo_noise(photo: np.ndarray, curves: Tensor) -> Tensor:
+def photo_noise(photo: np.ndarray, curves: Tensor, repainted: np.ndarray | None = None) -> Tensor:
     """The noise level, (1, 1, 1, 1), of a whole photograph, RGB uint8 (H, W, 3): a window full of grass cannot tell.
 
     If nothing is flat in all of it, this would be that of grass, cloth or stone. But noise and film grain lie over
     everything alike, so that the flattest tenth of the picture has as much of it as the flattest quarter; of texture it
-    has less. In doubt, there is no noise.
+    has less. In doubt, there is no noise. What is burnt out, jet-black or `repainted`, uint8 (H, W), says nothing.
     """
     blocks = []
     for y in window_starts(photo.shape[0]):
         for x in window_starts(photo.shape[1]):
-            window = recolor(_to_tensor([_cut(photo, x, y)], curves.device), curves)
-            blocks.append(block_levels(detail_of(window)))
+            cut = _cut(photo, x, y)
+            levels = block_levels(detail_of(recolor(_to_tensor([cut], curves.device), curves)))
+            silent = (cut == 0).any(2) | (cut == 255).any(2)
+            if repainted is not None:
+                silent |= _cut(repainted, x, y) > 0
+            share = F.avg_pool2d(torch.from_numpy(silent).to(levels)[None, None], 16).flatten(1)
+            blocks.append(levels.where(share < 0.1, 0))
     levels = torch.cat(blocks, 1)
     if (levels > 0.5 / 127.5).float().mean() < 0.1:  # the few that would count are not the flattest, but what is sharp
         return levels.new_zeros(1, 1, 1, 1)
@@ -2651,13 +2686,15 @@ def photo_noise(photo: np.ndarray, curves: Tensor) -> Tensor:
 
 
 def mend_level(
-    photo: np.ndarray, generator: UNetGenerator, curves: Tensor, drift: np.ndarray | None, bar: Any
+    photo: np.ndarray, holes: np.ndarray, generator: UNetGenerator, curves: Tensor, drift: np.ndarray | None, bar: Any
 ) -> np.ndarray:
-    """Restores `photo`, RGB uint8 (h, w, 3), whose holes are filled, by windows.
+    """Restores `photo`, RGB uint8 (h, w, 3), whose holes are filled, by windows. What is grey stays grey.
 
-    `drift` is the `large_scale_change` that is known from the whole picture, at any size.
+    `holes` says where, uint8, and `drift` is the `large_scale_change` that is known from the whole picture, both at any
+    size.
     """
-    size, level = photo.shape[1::-1], photo_noise(photo, curves)
+    size = photo.shape[1::-1]
+    noise = photo_noise(photo, curves, cv2.resize(holes, size, interpolation=cv2.INTER_AREA))
 
     def look(places: list[tuple[int, int]]) -> Tensor:
         def tensor(cut: Callable, image: np.ndarray, *arguments: object) -> Tensor:
@@ -2666,12 +2703,13 @@ def mend_level(
         seen = recolor(tensor(_cut, photo), curves.expand(len(places), -1))
         if drift is not None:
             seen = seen + tensor(_enlarged, drift, size) + 1  # 1: it is a difference
-        restored = generator.mend(seen, torch.zeros_like(seen[:, :1]), level).restored
+        restored = generator.mend(seen, noise)
         if drift is not None:  # windows see no more than themselves: what is large has been mended already
             restored = restored - _smooth(restored - seen.clamp(-1, 1), 16)
         return (restored + 1) * 127.5
 
-    return _by_windows(photo, look, 3, bar)
+    image = _by_windows(photo, look, 3, bar)
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB) if is_neutral(photo) else image
 
 
 def large_scale_change(before: np.ndarray, after: np.ndarray, curves: Tensor) -> np.ndarray:
@@ -2699,68 +2737,87 @@ def _restore_plainly(photo: np.ndarray, generator: UNetGenerator, size: tuple[in
     return RestoredPhoto(image, np.zeros(photo.shape[:2], np.uint8))
 
 
-def restore_photo(
-    photo: np.ndarray, generator: UNetGenerator, fill: bool = True, mask: np.ndarray | None = None
-) -> RestoredPhoto:
-    """Restores a photograph, uint8 BGR (H, W, 3), at its own size: the result, and a mask of what was repainted.
+def judge_colors(picture: Image.Image, generator: UNetGenerator) -> tuple[Image.Image, Tensor]:
+    """A photograph, RGB, and the curves, (1, 11), that mend its colours. What is in one tone comes back as "L".
 
-    Damage is looked for at several sizes, from 256 px to its own, and filled from its edges. Colours and slow changes
-    of light are taken from the whole picture at 256 px; all else is mended by overlapping windows at its own size. A
-    photograph in one tone (grey, sepia) comes back in neutral grey, but from the plain recipe; where nobody can say
-    whether it is, its colours stay as they are.
-
-    With a `mask`, uint8 (H, W), exactly what is lighter than half grey in it is repainted; with fill=False nothing is.
-    ValueError for both at once, if the photograph or the mask has another shape or type, or for the plain recipe, which
-    cannot say where it repaints.
+    Where nobody can say whether it is, its colours stay: more contrast would be more colour, which a pale grey print
+    with a cast never had. What is grey gets one curve for all channels; if it has hardly any contrast, it stays, too.
     """
-    for what, image, ndim in (("photograph", photo, 3), ("mask", mask, 2)):
-        if image is not None and (image.ndim != ndim or image.dtype != np.uint8):
-            shape = ("(H, W)", "(H, W, 3)")[ndim - 2]
+    one_tone, whole = in_one_tone(picture), picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR)
+    pixels = np.asarray((whole.convert("L") if one_tone else whole).convert("RGB"))
+    grey = is_neutral(pixels)
+    curves = generator.color(F.avg_pool2d(_to_tensor([pixels], next(generator.parameters()).device), 4))[0]
+    if grey:
+        curves[:, :9] = curves[:, :9].view(1, 3, 3).mean(2).repeat_interleave(3, 1)
+    darkest, lightest = np.quantile(pixels, (0.01, 0.99))
+    if one_tone is None and not (grey and lightest - darkest >= LEAST_CONTRAST):
+        curves = torch.zeros_like(curves)
+    return picture.convert("L") if grey else picture, curves
+
+
+def _check_input(photo: np.ndarray, generator: UNetGenerator, fill: bool, mask: np.ndarray | None) -> None:
+    """Raises ValueError, saying why, if `restore_photo` cannot do what it is asked for."""
+    for what, image, channels in (("photograph", photo, (3,)), ("mask", mask, ())):
+        fits = image is None or (image.dtype == np.uint8 and image.shape[2:] == channels and image.ndim >= 2)
+        if not fits or (image is not None and not image.size):
+            shape = "(H, W, 3)" if channels else "(H, W)"
             raise ValueError(f"the {what} must be uint8 {shape}, not {image.dtype} {image.shape}")
     if mask is not None and mask.shape != photo.shape[:2]:
         sizes = [f"{image.shape[1]} x {image.shape[0]} px" for image in (mask, photo)]
         raise ValueError(f"the mask has {sizes[0]}, the photograph {sizes[1]}")
     if mask is not None and not fill:
         raise ValueError("a mask says what is to be repainted, fill=False that nothing is: leave one of them out")
-    sizes = level_sizes(*photo.shape[1::-1])
     if generator.plain and (mask is not None or not fill):
         raise ValueError("the plain recipe draws every pixel anew: it knows neither `fill` nor a mask")
+    if mask is not None and 0 < mask.max() < 128:
+        raise ValueError(f"the mask's lightest value is {mask.max()}: damage is what is lighter than half grey (127)")
+    if mask is not None and mask.min() > 127:
+        raise ValueError("the mask is white everywhere: nothing is left to fill from")
+
+
+def restore_photo(
+    photo: np.ndarray, generator: UNetGenerator, fill: bool = True, mask: np.ndarray | None = None
+) -> RestoredPhoto:
+    """Restores a photograph, uint8 BGR (H, W, 3), at its own size: the result, and a mask of what was repainted.
+
+    Damage is looked for at several sizes, from 256 px to its own, and filled from its edges. Then colours and slow
+    changes of light are taken from the whole picture at 256 px; all else is mended by overlapping windows at its own
+    size. A photograph in one tone (grey, sepia) comes back in neutral grey, but from the plain recipe; see
+    `judge_colors`. (The generator itself, which trainings and samples show, looks for damage at one size, and fills it
+    in a simpler way.)
+
+    With a `mask`, uint8 (H, W), exactly what is lighter than half grey in it is repainted; with fill=False nothing is.
+    ValueError for both at once, if the photograph or the mask has another shape or type, if the mask is dark or white
+    all over, or for the plain recipe, which cannot say where it repaints.
+    """
+    _check_input(photo, generator, fill, mask)
+    sizes = level_sizes(*photo.shape[1::-1])
     if generator.plain:
         return _restore_plainly(photo, generator, sizes[0])
-    if mask is None and not fill:
-        mask = np.zeros(photo.shape[:2], np.uint8)
-    picture = to_pil(photo)
+    picture, damage = to_pil(photo), np.zeros(photo.shape[:2], np.uint8)
     del photo  # a large one takes much memory
-    one_tone = in_one_tone(picture)
-    picture = picture.convert("L") if one_tone else picture
-    levels = [np.asarray(picture.resize(size, Image.Resampling.BILINEAR).convert("RGB")) for size in sizes[:-1]]
-    whole = np.asarray(picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR).convert("RGB"))
-    levels.append(np.asarray(picture.convert("RGB") if one_tone else picture))
-    del picture
-    is_grey = bool((levels[0] == levels[0][..., :1]).all())
-    mended = sizes[:1] + sizes[1:][-1:]  # the sizes between are for finding damage
-    windows = count_windows(mended) + (count_windows(sizes) if mask is None else 0)
+    searching = mask is None and fill
+    windows = count_windows(sizes[:1] + sizes[1:][-1:]) + (count_windows(sizes) if searching else 0)
+
+    def at(size: tuple[int, int]) -> np.ndarray:
+        """The picture as it is now, RGB uint8 (h, w, 3), at that size."""
+        resized = picture if size == picture.size else picture.resize(size, Image.Resampling.BILINEAR)
+        return np.asarray(resized.convert("RGB"))
+
     with evaluating(generator), progress("restoring", windows, "window") as bar:
-        curves = generator.color(F.avg_pool2d(_to_tensor([whole], next(generator.parameters()).device), 4))[0]
-        if is_grey:  # one curve for all
-            curves[:, :9] = curves[:, :9].view(1, 3, 3).mean(2).repeat_interleave(3, 1)
-        elif one_tone is None:  # more contrast would be more colour, which a pale grey print with a cast never had
-            curves = torch.zeros_like(curves)
-        if mask is None:
-            damage = agreed_damage([damage_probabilities(level, generator, curves, bar) for level in levels])
-        else:
+        picture, curves = judge_colors(picture, generator)
+        if searching:
+            found = agreed_damage([damage_probabilities(at(size), generator, curves, bar) for size in sizes])
+            damage = damage if found.all() else found  # of nothing but damage nothing can be made
+        elif mask is not None:
             damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]
-        filled, drift = fill_from_edges(levels[-1], damage), None
-        del levels
-        for size in mended:
-            level = filled
-            if size != sizes[-1]:
-                level = np.asarray(Image.fromarray(filled).resize(size, Image.Resampling.BILINEAR))
-            image = mend_level(level, generator, curves, drift, bar)
-            if is_grey:
-                image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-            drift = large_scale_change(level, image, curves) if drift is None else drift
-    del filled, level
+        if damage.any():  # a torn corner, white or black, would hide how the rest has faded
+            picture, curves = judge_colors(Image.fromarray(fill_from_edges(at(sizes[-1]), damage)), generator)
+        small = at(sizes[0])
+        image = mend_level(small, damage, generator, curves, None, bar)
+        if len(sizes) > 1:
+            drift = large_scale_change(small, image, curves)
+            image = mend_level(at(sizes[-1]), damage, generator, curves, drift, bar)
     return RestoredPhoto(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), damage)
 
 
@@ -2796,8 +2853,7 @@ def restore_image_gan(
     restored = restore_photo(read_image(source), generator, fill, given)
     write_image(destination, restored.image)
     share = "every pixel drawn anew" if generator.plain else f"{restored.repainted.mean() / 255:.2%} repainted"
-    is_grey = not np.ptp(restored.image[::8, ::8], axis=2).any()
-    print(f"{destination.name}: {share}" + ", in neutral grey" * is_grey)
+    print(f"{destination.name}: {share}" + ", in neutral grey" * is_neutral(restored.image))
     return restored.image
 
 
