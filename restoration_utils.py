@@ -2802,7 +2802,7 @@ def restore_photo(
     def at(size: tuple[int, int]) -> np.ndarray:
         """The picture as it is now, RGB uint8 (h, w, 3), at that size."""
         resized = picture if size == picture.size else picture.resize(size, Image.Resampling.BILINEAR)
-        return np.asarray(resized.convert("RGB"))
+        return np.asarray(resized if resized.mode == "RGB" else resized.convert("RGB"))
 
     with evaluating(generator), progress("restoring", windows, "window") as bar:
         picture, curves = judge_colors(picture, generator)
