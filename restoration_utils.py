@@ -2737,13 +2737,13 @@ def _restore_plainly(photo: np.ndarray, generator: UNetGenerator, size: tuple[in
     return RestoredPhoto(image, np.zeros(photo.shape[:2], np.uint8))
 
 
-def judge_colors(picture: Image.Image, generator: UNetGenerator) -> tuple[Image.Image, Tensor]:
+def judge_colors(picture: Image.Image, one_tone: bool | None, generator: UNetGenerator) -> tuple[Image.Image, Tensor]:
     """A photograph, RGB, and the curves, (1, 11), that mend its colours. What is in one tone comes back as "L".
 
-    Where nobody can say whether it is, its colours stay: more contrast would be more colour, which a pale grey print
-    with a cast never had. What is grey gets one curve for all channels; if it has hardly any contrast, it stays, too.
+    Where nobody can say whether it is (None), its colours stay: more contrast would be more colour, which a pale grey
+    print with a cast never had. What is grey gets one curve for all channels; if it has hardly any contrast, it stays.
     """
-    one_tone, whole = in_one_tone(picture), picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR)
+    whole = picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR)
     pixels = np.asarray((whole.convert("L") if one_tone else whole).convert("RGB"))
     grey = is_neutral(pixels)
     curves = generator.color(F.avg_pool2d(_to_tensor([pixels], next(generator.parameters()).device), 4))[0]
@@ -2805,14 +2805,16 @@ def restore_photo(
         return np.asarray(resized if resized.mode == "RGB" else resized.convert("RGB"))
 
     with evaluating(generator), progress("restoring", windows, "window") as bar:
-        picture, curves = judge_colors(picture, generator)
+        picture, curves = judge_colors(picture, one_tone := in_one_tone(picture), generator)
         if searching:
             found = agreed_damage([damage_probabilities(at(size), generator, curves, bar) for size in sizes])
             damage = damage if found.all() else found  # of nothing but damage nothing can be made
         elif mask is not None:
             damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]
         if damage.any():  # a torn corner, white or black, would hide how the rest has faded
-            picture, curves = judge_colors(Image.fromarray(fill_from_edges(at(sizes[-1]), damage)), generator)
+            filled = Image.fromarray(fill_from_edges(at(sizes[-1]), damage))
+            picture, curves = judge_colors(filled, one_tone, generator)  # of a tone specks tell more than fillings
+            del filled
         small = at(sizes[0])
         image = mend_level(small, damage, generator, curves, None, bar)
         if len(sizes) > 1:
