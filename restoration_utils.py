@@ -1567,27 +1567,27 @@ class OutputLayer(nn.Module):
         mixed = F.relu(convolve_both(self.mix, upsampled, recolored))  # (N, C, 256, 256)
         return convolve_both(self.propose, mixed, recolored).float().split([3, 1], 1)  # from here on in 32 bits
 
-    def find_holes(self, recolored: Tensor, proposed: Tensor) -> Tensor:
-        """Logits of the probability that a pixel is covered, (N, 1, 256, 256); `proposed` is the part of them above."""
-        detail = detail_of(recolored)
-        return proposed + self.detect(recolored, detail, detail / grain_unit(detail))
+    def find_holes(self, recolored: Tensor, detail: Tensor, unit: Tensor, proposed: Tensor) -> Tensor:
+        """Logits of the probability that a pixel is covered, (N, 1, 256, 256); `proposed` is the part of them above.
 
-    def correct(self, recolored: Tensor, correction: Tensor, level: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The images without their grain, and with the correction, too: (N, 3, 256, 256) each, in [-1, 1].
-
-        `level` (1, 1, 1, 1) takes the place of the noise level of every image.
+        `detail` is `detail_of` the images, `unit` their `grain_unit`.
         """
-        detail, limit = detail_of(recolored), 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
+        return proposed + self.detect(recolored, detail, detail / unit)
+
+    def correct(self, recolored: Tensor, detail: Tensor, unit: Tensor, correction: Tensor) -> tuple[Tensor, Tensor]:
+        """The images without their grain, and with the correction, too: (N, 3, 256, 256) each, in [-1, 1]."""
+        limit = 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
         with torch.no_grad():  # learnt from lessons of its own
-            unit = grain_unit(detail, level)
             without_grain = (recolored - unit * self.grain(detail / unit)).clamp(-limit, limit)
         return without_grain, torch.tanh(torch.atanh(without_grain) + correction)
 
     def forward(self, features: Tensor, recolored: Tensor) -> Restoration:
         """Everything for images that are seen whole, from what `propose_changes` takes."""
         correction, hole = self.propose_changes(features, recolored)
-        hole = self.find_holes(recolored, hole)
-        without_grain, kept = self.correct(recolored, correction)
+        detail = detail_of(recolored)  # (N, 3, 256, 256)
+        unit = grain_unit(detail)  # (N, 1, 1, 1)
+        hole = self.find_holes(recolored, detail, unit, hole)
+        without_grain, kept = self.correct(recolored, detail, unit, correction)
         covered = torch.sigmoid(hole)
         if not self.training:  # wider by a pixel: its edge is no detail to keep
             covered = doubtless(F.max_pool2d(covered, 3, 1, 1), 0.4, 0.6)
@@ -1671,15 +1671,16 @@ class UNetGenerator(nn.Module):
 
     def find_damage(self, recolored: Tensor) -> Tensor:
         """Logits of the probability that a pixel of a photograph's windows is damaged, (N, 1, 256, 256)."""
-        return self.output.find_holes(recolored, self.output.propose_changes(self.features(recolored), recolored)[1])
+        detail, proposed = detail_of(recolored), self.output.propose_changes(self.features(recolored), recolored)[1]
+        return self.output.find_holes(recolored, detail, grain_unit(detail), proposed)
 
     def mend(self, recolored: Tensor, level: Tensor) -> Tensor:
         """A photograph's windows, all but colours and holes, which are mended: (N, 3, 256, 256) in [-1, 1].
 
         `level` is the noise of the whole photograph, (1, 1, 1, 1): a window full of grass cannot tell.
         """
-        correction = self.output.propose_changes(self.features(recolored), recolored)[0]
-        return self.output.correct(recolored, correction, level)[1]
+        detail, correction = detail_of(recolored), self.output.propose_changes(self.features(recolored), recolored)[0]
+        return self.output.correct(recolored, detail, grain_unit(detail, level), correction)[1]
 
 
 def build_generator(settings: Settings) -> UNetGenerator:
@@ -2158,7 +2159,7 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
             degraded = occlude_irregular(original, np.random.default_rng(seed), settings)
             known -= occlusion_mask(original.shape, np.random.default_rng(seed), settings)
         whole = np.asarray(without_tint(to_pil(halved(degraded))))
-        is_grey = (whole == whole[..., :1]).all() or (kind == "aged" and tone >= 0)  # no colours can come back
+        is_grey = is_neutral(whole) or (kind == "aged" and tone >= 0)  # no colours can come back
         truth = halved(to_grey(original) if is_grey else original)[..., ::-1]
         rows.append((whole, truth, halved(known)[..., None] == 255, (kind == "color", kind == "aged")))
     if not rows:
@@ -2642,10 +2643,10 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
 def fill_from_edges(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """An image, uint8 (H, W, 3), whose `hole`, uint8 (H, W), 255 there, else 0, is filled smoothly from its edges.
 
-    As `fill_from_around`, at any size: half the image, whose pixels are means of what is known (a quarter of it, or it
-    is a hole there, too: means of slivers are wrong), is filled and enlarged.
-    Then every pixel of the hole becomes the mean around it, a few times, which brings it close to what a membrane
-    between the edges would be (Laplace's equation).
+    As `fill_from_around`, at any size: half the image, whose pixels are means of what is known (a quarter at least, or
+    they are holes, too: 8-bit means of slivers are wrong), is filled and enlarged. Then every pixel of the hole becomes
+    the mean around it, a few times, which brings it close to what a membrane between the edges would be (Laplace's
+    equation).
     """
     if not hole.any() or hole.all():
         return image

@@ -138,10 +138,11 @@ def test_killed_at_random_moments_and_run_again_it_ends_with_the_same_bits(faces
             assert_all_files_are_whole(outputs)
         assert done == "finished", err
         assert_same((states(outputs), pictures(outputs)), whole, f"{number}")
-        if number and min(kills[stage] for stage in ("degraded", "pretrained")) >= 3:
+        if number and kills["ready"] and min(kills[stage] for stage in ("degraded", "pretrained")) >= 3:
             break  # how many fall into which stage is chance
+    else:
+        pytest.fail(f"killed too seldom somewhere: {kills}, seed {seed}")
     print(f"killed after {dict(kills)}, seed {seed}")
-    assert kills["ready"] and min(kills[stage] for stage in ("degraded", "pretrained")) >= 3, kills
 
 
 def finish_or_kill(process, seconds):

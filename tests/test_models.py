@@ -57,8 +57,10 @@ def test_a_noise_level_given_takes_the_place_of_the_picture_s_own():
     noisy = 0.2 * torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         layer.grain.noise.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
-        own = ru.noise_level(ru.block_levels(ru.detail_of(noisy)))
-        other, same, none = (layer.correct(noisy, torch.zeros(1), level)[1] for level in (3 * own, own, None))
+        detail = ru.detail_of(noisy)
+        own = ru.noise_level(ru.block_levels(detail))
+        units = (ru.grain_unit(detail, level) for level in (3 * own, own, None))
+        other, same, none = (layer.correct(noisy, detail, unit, torch.zeros(1))[1] for unit in units)
     assert torch.equal(same, none) and (other - same).abs().max() > 0.01
 
 
