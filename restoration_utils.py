@@ -134,10 +134,14 @@ class Settings:
     every_second_batch_after: int = 10  # epochs; from then on the generator is trained on every second batch only
     checkpoint_every: int = 10  # epochs
 
+    # step 6, photographs
+    sure: float = 0.9  # probability, of a region on average, from which it is damage; see `agreed_damage`
+
 
 NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16}
-QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2}
-LONG = QUICK | {"full_resolution_channels": 24, "pretrain_epochs": 5, "pretrain_lr_step": 4, "gan_epochs": 1}
+QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2, "sure": 0.8}  # not surer, so early
+LONG = NARROW | {"full_resolution_channels": 24, "pretrain_epochs": 5, "pretrain_lr_step": 4}
+LONG |= {"checkpoint_every": 1, "gan_epochs": 1}
 TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
 FULL = Settings()
 PROFILES = {
@@ -1622,6 +1626,7 @@ class UNetGenerator(nn.Module):
         width: int = Settings.width,
         full_resolution_channels: int = Settings.full_resolution_channels,
         plain: bool = Settings.plain,
+        sure: float = Settings.sure,
     ) -> None:
         super().__init__()
         widths = [width * factor for factor in (1, 2, 4, 8, 8, 8, 8, 8)]
@@ -1633,7 +1638,7 @@ class UNetGenerator(nn.Module):
         for number in range(7, 0, -1):
             inputs = widths[number] if number == 7 else 2 * widths[number]
             self.decoder.append(DecoderLayer(inputs, widths[number - 1], norm, dropout if number > 4 else 0.0))
-        self.plain = plain
+        self.plain, self.sure = plain, sure
         if not plain:
             self.color, self.output = ColorHead(), OutputLayer(2 * widths[0], full_resolution_channels)
         else:  # every pixel is drawn anew from 128 x 128 features; there are no heads
@@ -1687,7 +1692,7 @@ def build_generator(settings: Settings) -> UNetGenerator:
     """A new generator, its weights drawn from the settings' seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(settings.seed, "generator"))
-        return UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain)
+        return UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain, settings.sure)
 
 
 # ====== Discriminator =================================================================================================
@@ -1734,7 +1739,7 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
 
 CHECKPOINT_FORMAT = "face-restoration-6"
 MAY_CHANGE = {"pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "sample_every", "sample_faces"}
-MAY_CHANGE |= {"time_budget"}  # settings with which a run may go on that began with others
+MAY_CHANGE |= {"time_budget", "sure"}  # settings with which a run may go on that began with others
 GAN_ONLY = {"gan_batch", "generator_lr", "discriminator_lr", "gan_betas", "gan_lr_step", "l1_weight", "shift"}
 GAN_ONLY |= {"discriminator_width", "every_second_batch_after"}  # settings that pretraining does not look at
 # for who has numbers that are not finite
@@ -2482,14 +2487,14 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
     return {"psnr": psnr, "ssim": torch.tensor(ssim).double(), "l1": error.abs().mean((1, 2, 3))}
 
 
-# When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `SURE`, at all sizes at which
+# When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `sure`, at all sizes at which
 # it reaches between the two numbers of `REACH` px from its middle. With each of the first two doublings of its length,
 # from a thirtieth of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and
 # is as long. A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes;
 # of it a pixel weighs as much in the mean as it is likely, and `SPECK_MORE` is asked. Where `ENOUGH` of a picture is
 # damaged for sure, the rest of its damage is likely, too, and `PLAUSIBLE` will do. Chosen by photographs that no
 # training has seen.
-LIKELY, SURE, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.8, 0.5, 0.001, 0.1, (0.4, 15)
+LIKELY, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.5, 0.001, 0.1, (0.4, 15)
 SPECK_LENGTH, SPECK_RADIUS, SPECK_MORE = 14, 3, 0.05
 LEAST_CONTRAST = 50  # levels, of a grey picture; the palest of 76 prints aged by age_photo has 111
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
@@ -2589,7 +2594,7 @@ def damage_probabilities(photo: np.ndarray, generator: UNetGenerator, curves: Te
     return _by_windows(photo, look, 1, bar)[..., 0]
 
 
-def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
+def agreed_damage(maps: Sequence[np.ndarray], sure: float) -> np.ndarray:
     """Where a photograph is damaged, uint8 (H, W), 255 there, from its `damage_probabilities` at several sizes.
 
     A region of likely pixels counts as a whole: it is damage if that is likely on average over its pixels and over the
@@ -2627,7 +2632,7 @@ def agreed_damage(maps: Sequence[np.ndarray]) -> np.ndarray:
         less = BONUS * np.log2((30 * length).clip(1, 4))
         speck = (radius <= SPECK_RADIUS) & (boxes[:, 2:4].max(1) <= SPECK_LENGTH) & (denied == 0)
         sums, squares = total(own), total(own, 2)
-        for threshold, value in ((PLAUSIBLE, 1), (SURE, 2)):
+        for threshold, value in ((PLAUSIBLE, 1), (sure, 2)):
             accepted = (ours > 0) & (score > (threshold - less) * 255 * judges * area)
             accepted |= speck & (squares > (threshold + SPECK_MORE) * 255 * sums)
             for band in bands:
@@ -2808,7 +2813,9 @@ def restore_photo(
     with evaluating(generator), progress("restoring", windows, "window") as bar:
         picture, curves = judge_colors(picture, one_tone := in_one_tone(picture), generator)
         if searching:
-            found = agreed_damage([damage_probabilities(at(size), generator, curves, bar) for size in sizes])
+            maps = [damage_probabilities(at(size), generator, curves, bar) for size in sizes]
+            found = agreed_damage(maps, generator.sure)
+            del maps
             damage = damage if found.all() else found  # of nothing but damage nothing can be made
         elif mask is not None:
             damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]

@@ -593,15 +593,25 @@ def test_sizes_have_to_agree_about_damage():
     own = np.zeros((1024, 1024), np.uint8)
     own[500:540, 500:540] = 255
     smaller = [cv2.resize(own, (n, n), interpolation=cv2.INTER_AREA) for n in (256, 512)]
-    assert ru.agreed_damage([*smaller, own])[499:541, 499:541].min() == 255  # and a pixel around
-    assert not ru.agreed_damage([*map(np.zeros_like, smaller), own]).any()
-    assert not ru.agreed_damage([smaller[0], *map(np.zeros_like, (smaller[1], own))]).any()
+    assert ru.agreed_damage([*smaller, own], 0.8)[499:541, 499:541].min() == 255  # and a pixel around
+    assert not ru.agreed_damage([*map(np.zeros_like, smaller), own], 0.8).any()
+    assert not ru.agreed_damage([smaller[0], *map(np.zeros_like, (smaller[1], own))], 0.8).any()
     doubtful = [np.uint8(0.55 * level) for level in (*smaller, own)]
-    assert not ru.agreed_damage(doubtful).any()
+    assert not ru.agreed_damage(doubtful, 0.8).any()
     line = np.zeros((1024, 1024), np.uint8)
     line[500:540, 100:900] = 0.65 * 255  # nearly as doubtful, but as long as no speck is
     sizes = [cv2.resize(line, (n, n), interpolation=cv2.INTER_AREA) for n in (256, 512)]
-    assert ru.agreed_damage([*sizes, line])[505:535, 110:890].min() == 255
+    assert ru.agreed_damage([*sizes, line], 0.8)[505:535, 110:890].min() == 255
+
+
+def test_a_profile_says_how_sure_its_generator_must_be():
+    photo = cv2.resize(SCENE, (300, 300))
+    photo[100:180, 100:180] = 255
+    doubtful = Stub(find=lambda seen: 0.5155 * (seen[:, :1] > 0.98))  # 0.65 there; so long a region needs 0.2 less
+    for sure, found in ((0.8, True), (0.9, False)):
+        doubtful.sure = ru.build_generator(dataclasses.replace(TINY, sure=sure)).sure
+        repainted = ru.restore_photo(photo, doubtful).repainted
+        assert repainted[110:170, 110:170].any() == repainted.any() == found
 
 
 def test_what_is_plausible_counts_where_much_is_sure():
@@ -611,7 +621,7 @@ def test_what_is_plausible_counts_where_much_is_sure():
         own[100:130, 100:130], own[800:805, 800:805] = 0.7 * 255, 0.7 * 255
         own[300:330, 300:330] = 0.45 * 255
         sizes = [cv2.resize(own, (n, n), interpolation=cv2.INTER_AREA) for n in (256, 512)]
-        damage = ru.agreed_damage([*sizes, own]) > 0
+        damage = ru.agreed_damage([*sizes, own], 0.8) > 0
         assert damage[505:515, 505:515].all() and not damage[300:330, 300:330].any()
         assert damage[105:125, 105:125].all() == damage[801:804, 801:804].all() == damage[:400, :400].any() == found
 
@@ -623,9 +633,9 @@ def test_specks_need_no_smaller_size_but_a_sure_middle():
     own[300:306, 300:306] = 0.82 * 255  # enough for what is larger
     own[200:210, 200:210] = 255  # too thick for a speck, and too long: the other size should see them
     own[250:254, 100:200] = 255
-    found = ru.agreed_damage([empty, own]) > 0
+    found = ru.agreed_damage([empty, own], 0.8) > 0
     assert found[98:104, 98:104].all() and found.sum() <= 64
     small = empty.copy()
     small[100:105, 100:105] = 255  # at a larger size, which would see more of it, there is nothing
-    assert not ru.agreed_damage([small, np.zeros_like(own)]).any()
-    assert ru.agreed_damage([small])[100:105, 100:105].all()
+    assert not ru.agreed_damage([small, np.zeros_like(own)], 0.8).any()
+    assert ru.agreed_damage([small], 0.8)[100:105, 100:105].all()
