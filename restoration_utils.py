@@ -140,8 +140,8 @@ class Settings:
 
 NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16}
 QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2, "sure": 0.8}  # not surer, so early
-LONG = NARROW | {"full_resolution_channels": 24, "pretrain_epochs": 5, "pretrain_lr_step": 4}
-LONG |= {"checkpoint_every": 1, "gan_epochs": 1}
+LONG = QUICK | {"full_resolution_channels": 24, "pretrain_epochs": 5, "pretrain_lr_step": 4, "gan_epochs": 1}
+LONG |= {"sure": Settings.sure}
 TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
 FULL = Settings()
 PROFILES = {
@@ -2813,9 +2813,9 @@ def restore_photo(
     with evaluating(generator), progress("restoring", windows, "window") as bar:
         picture, curves = judge_colors(picture, one_tone := in_one_tone(picture), generator)
         if searching:
-            maps = [damage_probabilities(at(size), generator, curves, bar) for size in sizes]
-            found = agreed_damage(maps, generator.sure)
-            del maps
+            found = agreed_damage(
+                [damage_probabilities(at(size), generator, curves, bar) for size in sizes], generator.sure
+            )
             damage = damage if found.all() else found  # of nothing but damage nothing can be made
         elif mask is not None:
             damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]

@@ -184,7 +184,7 @@ SABOTAGES = (
              "batches_are_full"),
     Sabotage("average not saved", '"generator": generator, "average": average, "optimizer"',
              '"generator": generator, "optimizer"', "four_epochs"),
-    Sabotage("one sureness for all", "agreed_damage(maps, generator.sure)", "agreed_damage(maps, 0.8)", "how_sure"),
+    Sabotage("one sureness for all", "for size in sizes], generator.sure", "for size in sizes], 0.8", "how_sure"),
     Sabotage("other settings accepted", "    if differ:\n", "    if False:\n", "refused_by_name"),
     Sabotage("no lock", "        lock.acquire(timeout=10)\n", "        pass\n", "second_run"),
     Sabotage("parts of JPEGs missing", "_is_incomplete_jpeg(content, image):", "False:",
