@@ -135,11 +135,11 @@ class Settings:
     checkpoint_every: int = 10  # epochs
 
     # step 6, photographs
-    sure: float = 0.9  # probability, of a region on average, from which it is damage; see `agreed_damage`
+    sure: float = 0.95  # probability, of a region on average, from which it is damage; see `agreed_damage`
 
 
 NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16}
-QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2, "sure": 0.8}  # not surer, so early
+QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2, "sure": 0.85}  # not surer, so early
 LONG = QUICK | {"full_resolution_channels": 24, "pretrain_epochs": 5, "pretrain_lr_step": 4, "gan_epochs": 1}
 LONG |= {"sure": Settings.sure}
 TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
@@ -2497,6 +2497,7 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 LIKELY, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.5, 0.001, 0.1, (0.4, 15)
 SPECK_LENGTH, SPECK_RADIUS, SPECK_MORE = 14, 3, 0.05
 LEAST_CONTRAST = 50  # levels, of a grey picture; the palest of 76 prints aged by age_photo has 111
+KNOWN_SIZE = 1024  # px, longer side, up to which damage is looked for: what is larger is smoother than in training
 OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fades into the next
 
 
@@ -2508,10 +2509,15 @@ class RestoredPhoto(NamedTuple):
 
 
 def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
-    """From the networks' size to the photograph's own, (width, height), each at most twice the one before."""
+    """Sizes of a photograph, (width, height): the networks', each at most twice the one before, up to KNOWN_SIZE.
+
+    Or up to its own, if that is smaller.
+    """
     longer = max(width, height)
-    steps = max(0, math.ceil(math.log2(longer / IMAGE_SIZE)))
-    scales = [(longer / IMAGE_SIZE) ** (step / steps - 1) for step in range(steps + 1)] if steps else [1.0]
+    largest = min(longer, KNOWN_SIZE)
+    steps = max(0, math.ceil(math.log2(largest / IMAGE_SIZE)))
+    scales = [(largest / IMAGE_SIZE) ** (step / steps - 1) for step in range(steps + 1)] if steps else [1.0]
+    scales = [scale * largest / longer for scale in scales]
     return [(max(1, round(width * scale)), max(1, round(height * scale))) for scale in scales]
 
 
@@ -2585,11 +2591,17 @@ def _by_windows(photo: np.ndarray, look: Callable[[list], Tensor], channels: int
 
 
 def damage_probabilities(photo: np.ndarray, generator: UNetGenerator, curves: Tensor, bar: Any) -> np.ndarray:
-    """How likely each pixel of a photograph, RGB uint8 (H, W, 3), is physically damaged: uint8 (H, W), 255 is sure."""
+    """How likely each pixel of a photograph, RGB uint8 (H, W, 3), is physically damaged: uint8 (H, W), 255 is sure.
+
+    Damage is damage whichever way a picture is mirrored: of four looks the surest counts. The network, which knows
+    faces upright only, overlooks by chance far more than it takes for damage.
+    """
 
     def look(places: list[tuple[int, int]]) -> Tensor:
         windows = _to_tensor([_cut(photo, x, y) for x, y in places], curves.device)
-        return 255 * torch.sigmoid(generator.find_damage(recolor(windows, curves.expand(len(places), -1))))
+        seen = recolor(windows, curves.expand(len(places), -1))
+        found = [generator.find_damage(seen.flip(axes)).flip(axes) for axes in ((), (2,), (3,), (2, 3))]
+        return 255 * torch.sigmoid(torch.stack(found).amax(0))
 
     return _by_windows(photo, look, 1, bar)[..., 0]
 
@@ -2723,9 +2735,8 @@ def large_scale_change(before: np.ndarray, after: np.ndarray, curves: Tensor) ->
 
     From two RGB images, uint8 (h, w, 3).
     """
-    height, width = after.shape[:2]
-    seen = recolor(_to_tensor([_cut(before, 0, 0)], curves.device), curves).clamp(-1, 1)[..., :height, :width]
-    change = torch.from_numpy(after).to(seen).permute(2, 0, 1)[None] / 127.5 - 1 - seen
+    seen, restored = (curves.new_tensor(image).permute(2, 0, 1)[None] / 127.5 - 1 for image in (before, after))
+    change = restored - recolor(seen, curves).clamp(-1, 1)
     return 127.5 * _smooth(change, 8)[0].permute(1, 2, 0).cpu().numpy()
 
 
@@ -2786,7 +2797,7 @@ def restore_photo(
 ) -> RestoredPhoto:
     """Restores a photograph, uint8 BGR (H, W, 3), at its own size: the result, and a mask of what was repainted.
 
-    Damage is looked for at several sizes, from 256 px to its own, and filled from its edges. Then colours and slow
+    Damage is looked for at several sizes, from 256 px to KNOWN_SIZE, and filled from its edges. Then colours and slow
     changes of light are taken from the whole picture at 256 px; all else is mended by overlapping windows at its own
     size. A photograph in one tone (grey, sepia) comes back in neutral grey, but from the plain recipe; see
     `judge_colors`. (The generator itself, which trainings and samples show, looks for damage at one size, and fills it
@@ -2797,13 +2808,13 @@ def restore_photo(
     all over, or for the plain recipe, which cannot say where it repaints.
     """
     _check_input(photo, generator, fill, mask)
-    sizes = level_sizes(*photo.shape[1::-1])
+    own, sizes = photo.shape[1::-1], level_sizes(*photo.shape[1::-1])
     if generator.plain:
         return _restore_plainly(photo, generator, sizes[0])
     picture, damage = to_pil(photo), np.zeros(photo.shape[:2], np.uint8)
     del photo  # a large one takes much memory
     searching = mask is None and fill
-    windows = count_windows(sizes[:1] + sizes[1:][-1:]) + (count_windows(sizes) if searching else 0)
+    windows = count_windows({sizes[0], own}) + (count_windows(sizes) if searching else 0)
 
     def at(size: tuple[int, int]) -> np.ndarray:
         """The picture as it is now, RGB uint8 (h, w, 3), at that size."""
@@ -2816,18 +2827,19 @@ def restore_photo(
             found = agreed_damage(
                 [damage_probabilities(at(size), generator, curves, bar) for size in sizes], generator.sure
             )
-            damage = damage if found.all() else found  # of nothing but damage nothing can be made
+            if not found.all():  # of nothing but damage nothing can be made
+                damage = cv2.threshold(cv2.resize(found, own), 127, 255, cv2.THRESH_BINARY)[1]
         elif mask is not None:
             damage = cv2.threshold(mask, 127, 255, cv2.THRESH_BINARY)[1]
         if damage.any():  # a torn corner, white or black, would hide how the rest has faded
-            filled = Image.fromarray(fill_from_edges(at(sizes[-1]), damage))
+            filled = Image.fromarray(fill_from_edges(at(own), damage))
             picture, curves = judge_colors(filled, one_tone, generator)  # of a tone specks tell more than fillings
             del filled
         small = at(sizes[0])
         image = mend_level(small, damage, generator, curves, None, bar)
-        if len(sizes) > 1:
+        if own != sizes[0]:
             drift = large_scale_change(small, image, curves)
-            image = mend_level(at(sizes[-1]), damage, generator, curves, drift, bar)
+            image = mend_level(at(own), damage, generator, curves, drift, bar)
     return RestoredPhoto(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), damage)
 
 

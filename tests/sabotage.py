@@ -184,6 +184,8 @@ SABOTAGES = (
              "batches_are_full"),
     Sabotage("average not saved", '"generator": generator, "average": average, "optimizer"',
              '"generator": generator, "optimizer"', "four_epochs"),
+    Sabotage("one look", "for axes in ((), (2,), (3,), (2, 3))]", "for axes in ((),)]", "whichever_way"),
+    Sabotage("huge levels", "largest = min(longer, KNOWN_SIZE)", "largest = longer", "where_the_network_knows_it"),
     Sabotage("one sureness for all", "for size in sizes], generator.sure", "for size in sizes], 0.8", "how_sure"),
     Sabotage("other settings accepted", "    if differ:\n", "    if False:\n", "refused_by_name"),
     Sabotage("no lock", "        lock.acquire(timeout=10)\n", "        pass\n", "second_run"),

@@ -604,6 +604,36 @@ def test_sizes_have_to_agree_about_damage():
     assert ru.agreed_damage([*sizes, line], 0.8)[505:535, 110:890].min() == 255
 
 
+def test_damage_is_found_whichever_way_the_picture_is_mirrored():
+    def upper_left_only(seen):
+        found = bright(seen)
+        found[:, :, 128:], found[..., 128:] = 0, 0
+        return found
+
+    photo = np.full((256, 256, 3), 100, np.uint8)
+    for y, x in ((40, 40), (40, 180), (180, 40), (180, 180)):
+        photo[y : y + 30, x : x + 30] = 255
+    assert ((ru.restore_photo(photo, Stub(find=upper_left_only)).repainted > 0) >= (photo[..., 0] == 255)).all()
+
+
+def test_damage_of_a_large_photograph_is_looked_for_where_the_network_knows_it():
+    """Enlarged, a print is smoother than all that the network has seen: it finds nothing there, and has no say."""
+    seen_sizes = []
+
+    def in_small(photo, generator, curves, bar):
+        seen_sizes.append(photo.shape[:2])
+        return np.uint8(255 * (photo[..., 0] > 200))
+
+    photo = np.full((1500, 3000, 3), 100, np.uint8)
+    photo[700:760, 2000:2090] = 255
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ru, "damage_probabilities", in_small)
+        repainted = ru.restore_photo(photo, Stub()).repainted
+    assert seen_sizes == [(128, 256), (256, 512), (512, 1024)]
+    assert repainted[700:760, 2000:2090].min() == 255 and (repainted > 0).sum() < 1.4 * 60 * 90
+    assert ru.level_sizes(512, 300) == [(256, 150), (512, 300)] and ru.level_sizes(100, 80) == [(100, 80)]
+
+
 def test_a_profile_says_how_sure_its_generator_must_be():
     photo = cv2.resize(SCENE, (300, 300))
     photo[100:180, 100:180] = 255
