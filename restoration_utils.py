@@ -18,25 +18,31 @@ tensors (N, 3, 256, 256) in [-1, 1]. Importing this module has no side effects.
 
 from __future__ import annotations
 
+import argparse
+import base64
 import contextlib
+import csv
 import ctypes
 import functools
 import hashlib
+import html
 import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import uuid
 import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -46,9 +52,11 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import psutil
+import tifffile
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps, PngImagePlugin
+from matplotlib import font_manager
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -139,7 +147,7 @@ class Settings:
 
 
 NARROW = {"width": 16, "discriminator_width": 16, "full_resolution_channels": 16}
-QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2, "sure": 0.85}  # not surer, so early
+QUICK = NARROW | {"checkpoint_every": 1, "pretrain_epochs": 4, "gan_epochs": 2, "sure": 0.87}  # not surer, so early
 LONG = QUICK | {"full_resolution_channels": 24, "pretrain_epochs": 5, "pretrain_lr_step": 4, "gan_epochs": 1}
 LONG |= {"sure": Settings.sure}
 TINY = dict.fromkeys(NARROW, 4) | {"checkpoint_every": 1, "pretrain_epochs": 2, "gan_epochs": 2}
@@ -385,10 +393,25 @@ def in_parallel(function: Callable, items: Sequence, label: str = "", unit: str 
 
 
 JPEG_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}
-IMAGE_SUFFIXES = JPEG_SUFFIXES | {".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")  # as Pillow calls them
-UNREAD_SUFFIXES = {".heic", ".heif", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # pictures, but for other programs
+IMAGE_SUFFIXES = JPEG_SUFFIXES | {".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "TIFF", "GIF")  # as Pillow calls them
+UNREAD_SUFFIXES = {".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}  # pictures, but for other programs
+NEEDED = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif", ".avif": "pip install 'pillow>=11.3'"}
 MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, restoring 19
+
+
+def readable_suffixes() -> set[str]:
+    """Suffixes of the picture files that can be read here: HEIC and AVIF depend on what is installed."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return IMAGE_SUFFIXES & Image.registered_extensions().keys()
+
+
+def writable_suffixes() -> set[str]:
+    """Suffixes of the picture files that can be written here."""
+    return {suffix for suffix in readable_suffixes() if Image.registered_extensions()[suffix] in Image.SAVE}
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -399,7 +422,7 @@ def open_image(path: str | Path) -> Image.Image:
     orientation is applied here, so that it is the same for every format and version. ValueError, naming the file, if it
     cannot be read, is damaged or has over MAX_PIXELS.
     """
-    Image.init()
+    readable_suffixes()  # makes Pillow know all its formats
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit is a little lower, and only a warning
     PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Photoshop writes more text than Pillow accepts by default
     try:
@@ -408,7 +431,7 @@ def open_image(path: str | Path) -> Image.Image:
             if (count := image.width * image.height) > MAX_PIXELS:
                 raise ValueError(f"too many pixels, {count / 1e6:.0f} million; {MAX_PIXELS / 1e6:.0f} are the most")
             pixels = None
-            if image.format == "TIFF" and image.tag_v2.get(0x0112, 1) == 1:
+            if image.format == "TIFF" and image.tag_v2.get(0x0112, 1) == 1 and not image.has_transparency_data:
                 pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
             rgb = _to_rgb(image) if pixels is None else to_pil(pixels)
             if image.format == "PNG":
@@ -423,6 +446,8 @@ def open_image(path: str | Path) -> Image.Image:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else reason
         remedy = "If other programs open it, save it from there as PNG or JPEG"
+        if (suffix := Path(path).suffix.lower()) in NEEDED.keys() - readable_suffixes():
+            remedy += f", or: {NEEDED[suffix]}"
         raise ValueError(f"{path}: cannot be read ({reason}). {remedy}") from error
 
 
@@ -563,31 +588,35 @@ class Faces(NamedTuple):
         return [self.folder / name for name in self.names]
 
 
-def list_images(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """All pictures below `folder`, but for hidden files, as sorted relative paths; what was left out, and why."""
-    found, left_out = [], {}
+def list_images(folder: Path, kinds: Sequence[str] = KINDS) -> tuple[list[str], dict[str, str]]:
+    """All pictures below `folder`, but for hidden files, as sorted relative paths; what was left out, and why.
+
+    Left out are degraded copies of these `kinds`, too.
+    """
+    found, left_out, readable = [], {}, readable_suffixes()
 
     def leave_out(path: str | Path, reason: str) -> None:
         left_out[ascii(Path(path).relative_to(folder).as_posix())[1:-1]] = reason
 
     for parent, folders, names in os.walk(folder, onerror=lambda e: leave_out(e.filename, e.strerror)):
         for name in [name for name in folders if Path(parent, name).is_symlink()]:
-            leave_out(Path(parent, name), "a link to a folder, not followed; set FACES_DIR to where it leads")
+            leave_out(Path(parent, name), "a link to a folder, not followed; name the folder to which it leads")
         folders[:] = [name for name in folders if not name.startswith(".") and name != "fakefaces_degraded"]
         visible = [Path(parent, name) for name in names if not name.startswith(".")]
         stems = {path.stem for path in visible if path.suffix.lower() in IMAGE_SUFFIXES}
         for path in visible:
             name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
             stem, _, kind = path.stem.rpartition("_")
-            if suffix in UNREAD_SUFFIXES or suffix in IMAGE_SUFFIXES - Image.registered_extensions().keys():
-                leave_out(path, f"{suffix} is not read here; convert it to JPEG")
+            if suffix in UNREAD_SUFFIXES or suffix in IMAGE_SUFFIXES - readable:
+                remedy = f", or: {NEEDED[suffix]}" if suffix in NEEDED else ""
+                leave_out(path, f"{suffix} is not read here; convert it to JPEG{remedy}")
             elif suffix not in IMAGE_SUFFIXES:
                 continue  # no picture
             elif not path.is_file():
                 leave_out(path, "not a file")  # a pipe would be waited for, a broken link leads nowhere
             elif name.encode(errors="ignore").decode() != name:
                 leave_out(path, "its name is not Unicode; rename it")
-            elif kind in KINDS and stem in stems:
+            elif kind in kinds and stem in stems:
                 leave_out(path, f"taken for a degraded copy of {stem}; rename it if it is none")
             else:
                 found.append(name)
@@ -2521,6 +2550,12 @@ def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
     return [(max(1, round(width * scale)), max(1, round(height * scale))) for scale in scales]
 
 
+def sizes_seen(width: int, height: int, searching: bool) -> list[tuple[int, int]]:
+    """The sizes at which a photograph is mended, and those at which damage is searched for."""
+    sizes = level_sizes(width, height)
+    return [*{sizes[0], (width, height)}, *(sizes if searching else ())]
+
+
 def window_starts(length: int) -> list[int]:
     """Where windows of 256 px begin that cover a side of `length` px with at least OVERLAP in common."""
     count = max(1, math.ceil((length - OVERLAP) / (IMAGE_SIZE - OVERLAP)))
@@ -2793,7 +2828,7 @@ def _check_input(photo: np.ndarray, generator: UNetGenerator, fill: bool, mask: 
 
 
 def restore_photo(
-    photo: np.ndarray, generator: UNetGenerator, fill: bool = True, mask: np.ndarray | None = None
+    photo: np.ndarray, generator: UNetGenerator, fill: bool = True, mask: np.ndarray | None = None, bar: Any = None
 ) -> RestoredPhoto:
     """Restores a photograph, uint8 BGR (H, W, 3), at its own size: the result, and a mask of what was repainted.
 
@@ -2814,14 +2849,14 @@ def restore_photo(
     picture, damage = to_pil(photo), np.zeros(photo.shape[:2], np.uint8)
     del photo  # a large one takes much memory
     searching = mask is None and fill
-    windows = count_windows({sizes[0], own}) + (count_windows(sizes) if searching else 0)
+    shown = bar or progress("restoring", count_windows(sizes_seen(*own, searching)), "window")
 
     def at(size: tuple[int, int]) -> np.ndarray:
         """The picture as it is now, RGB uint8 (h, w, 3), at that size."""
         resized = picture if size == picture.size else picture.resize(size, Image.Resampling.BILINEAR)
         return np.asarray(resized if resized.mode == "RGB" else resized.convert("RGB"))
 
-    with evaluating(generator), progress("restoring", windows, "window") as bar:
+    with evaluating(generator), contextlib.nullcontext(bar) if bar else shown as bar:
         picture, curves = judge_colors(picture, one_tone := in_one_tone(picture), generator)
         if searching:
             found = agreed_damage(
@@ -2852,31 +2887,474 @@ def read_mask(path: str | Path) -> np.ndarray:
     return mask
 
 
+# ====== Scans =========================================================================================================
+
+# Tags that say how the pixels of a TIFF lie in the file, which a new one has of its own; 34675: the colour profile.
+TIFF_STRUCTURE = {*range(254, 267), 273, *range(277, 282), 284, *range(290, 294), 301, *range(317, 348), 34675}
+TIFF_STRUCTURE |= {*range(512, 533)}
+TIFF_ONLY = {700, 33723, 34377}  # XMP, IPTC and Photoshop's data, which other formats keep elsewhere
+NOT_AS_TEXT = {"XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1"}  # of a PNG: kept as XMP and EXIF
+SAVED_AS = {  # how Pillow shall write a format
+    "JPEG": {"quality": Settings.jpeg_quality, "subsampling": 0},  # 0: colours at full resolution, 4:4:4
+    "WEBP": {"quality": Settings.jpeg_quality},
+    "AVIF": {"quality": Settings.jpeg_quality, "subsampling": "4:4:4"},
+    "HEIF": {"quality": Settings.jpeg_quality, "chroma": 444},
+}
+
+
+class Scan(NamedTuple):
+    """A picture file of one's own, upright, with what it carries."""
+
+    photo: np.ndarray  # what the networks see: uint8 BGR (H, W, 3), sRGB
+    pixels: np.ndarray  # its own, uint8 or uint16: grey (H, W, 1) or RGB (H, W, 3), in the colours of its profile
+    alpha: np.ndarray | None  # its opacity, (H, W), of the same type
+    from_srgb: Callable[[Image.Image], Image.Image]  # brings an sRGB picture to these colours, mode "L" or "RGB"
+    carried: dict[str, Any]  # what else it holds, as Pillow's `save` takes it: EXIF, XMP, profile, resolution, ...
+    notes: list[str]  # what of it does not come back
+
+
+class AsRead(str):
+    """A text of EXIF data as it was: Pillow reads Latin-1, but writes ASCII, with ? for all else."""
+
+    def encode(self, *_: object) -> bytes:
+        """The bytes that have been read, mostly UTF-8."""
+        return super().encode("latin-1")
+
+
+def exif_of(image: Image.Image) -> Image.Exif:
+    """What the camera or the scanner wrote, without a thumbnail, and for pixels that have been turned upright."""
+    exif = image.getexif()
+    for tag in TIFF_STRUCTURE & exif.keys():
+        del exif[tag]
+    parts = [exif, *(exif.get_ifd(tag) for tag in (0x8769, 0x8825) if tag in exif)]  # details, place
+    exif.get_ifd(0xA005)  # is read, too, before the file is closed
+    if exif.pop(0x0112, 1) in (5, 6, 7, 8) and {0xA002, 0xA003} <= (details := parts[1]).keys():
+        details[0xA002], details[0xA003] = details[0xA003], details[0xA002]  # width and height
+    for part in parts:
+        part.update({tag: AsRead(text) for tag, text in part.items() if isinstance(text, str)})
+    return exif
+
+
+def metadata(image: Image.Image) -> dict[str, Any]:
+    """What an opened file carries beside its pixels, as Pillow's `save` takes it."""
+    kept = ("dpi", "icc_profile", "comment", "progressive", "compression")
+    carried = {name: image.info[name] for name in kept if image.info.get(name)} | {"exif": exif_of(image)}
+    if carried.get("dpi") == (1, 1):  # of a TIFF that does not say it
+        del carried["dpi"]
+    if xmp := image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"):
+        xmp = xmp.encode() if isinstance(xmp, str) else xmp
+        carried["xmp"] = re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", xmp)
+    if text := {key: value for key, value in getattr(image, "text", {}).items() if key not in NOT_AS_TEXT}:
+        carried["text"] = text
+    if iptc := [part for marker, part in getattr(image, "applist", ()) if marker == "APP13"]:  # in Photoshop's wrapping
+        carried["extra"] = b"".join(b"\xff\xed" + (len(part) + 2).to_bytes(2, "big") + part for part in iptc)
+    return carried
+
+
+def color_transforms(profile: bytes | None, mode: str) -> tuple[Callable, Callable | None]:
+    """What brings pictures in `mode` from a profile's colours to sRGB, "RGB", and what brings them back, if anything.
+
+    Relative colorimetric, as usual for photographs. A profile that is not understood counts as none.
+    """
+    plain = [functools.partial(Image.Image.convert, mode=m) for m in ("RGB", mode)]
+    how = (ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION)
+    try:
+        own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile or b"")), ImageCms.createProfile("sRGB")
+        there = ImageCms.buildTransform(own, srgb, mode, "RGB", *how)
+    except (OSError, ImageCms.PyCMSError):
+        return plain[0], plain[1]
+    back = None
+    with contextlib.suppress(ImageCms.PyCMSError):  # some of scanners' profiles can be read only
+        back = ImageCms.buildTransform(srgb, own, "RGB", mode, *how)
+    apply = ImageCms.applyTransform
+    return lambda picture: apply(picture, there), back and (lambda picture: apply(picture, back))
+
+
+def _sixteen_bits(path: str | Path, channels: int, turn: Image.Transpose | None) -> np.ndarray | None:
+    """The 16 bits of a PNG or TIFF, uint16 (H, W, channels), upright; None if OpenCV cannot read them."""
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    order = {1: (0,), 2: (0, -1), 3: (2, 1, 0), 4: (2, 1, 0, 3)}[channels]  # of grey or BGR, and opacity
+    if pixels is None or pixels.dtype != np.uint16 or np.atleast_3d(pixels).shape[2] <= max(order):
+        return None
+    planes = [Image.fromarray(np.ascontiguousarray(np.atleast_3d(pixels)[..., channel])) for channel in order]
+    return np.dstack([np.asarray(plane if turn is None else plane.transpose(turn)) for plane in planes])
+
+
+def read_scan(path: str | Path) -> Scan:
+    """Reads a picture file with all that it carries. Raises as `open_image`."""
+    own, notes = open_image(path), []
+    with Image.open(path) as image:
+        if (count := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+            notes.append(f"the first of its {count} pictures")
+        lies = image.format == "TIFF" and image.getexif().get(0x0112, 1) != 1  # Pillow turns it, OpenCV not always
+        sixteen = image.format in ("PNG", "TIFF") and ";16" in str(image.tile[:1])
+        image.load()  # in a PNG, texts may follow the pixels
+        carried, turn = metadata(image), UPRIGHT.get(_orientation(image))
+        if image.format == "WEBP" and b"VP8L" in Path(path).read_bytes():
+            carried["lossless"] = True
+        image = image.copy() if turn is None else image.transpose(turn)
+    alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
+    if image.mode in ("1", "L", "LA", "La") or image.mode[0] == "I":
+        own = own.convert("L")
+    cmyk = image.mode == "CMYK"
+    to_srgb, from_srgb = color_transforms(carried.get("icc_profile"), "CMYK" if cmyk else own.mode)
+    photo = to_srgb(image if cmyk else own)
+    if cmyk or from_srgb is None:
+        own, from_srgb = photo.convert(own.mode), functools.partial(Image.Image.convert, mode=own.mode)
+        carried.pop("icc_profile", None)
+        notes.append(f"in sRGB instead of {'CMYK' if cmyk else 'its own colours'}")
+    pixels = np.atleast_3d(np.asarray(own))
+    if sixteen:
+        deep = None if lies else _sixteen_bits(path, pixels.shape[2] + (alpha is not None), turn)
+        if deep is None:
+            notes.append("in 8 of its 16 bits")
+        else:
+            pixels, alpha = (deep, None) if alpha is None else (deep[..., :-1], deep[..., -1])
+    return Scan(cv2.cvtColor(np.asarray(photo), cv2.COLOR_RGB2BGR), pixels, alpha, from_srgb, carried, notes)
+
+
+def with_tone_of(photo: np.ndarray, restored: RestoredPhoto) -> np.ndarray:
+    """A photograph that came back in neutral grey, in the tone that it had: uint8 BGR (H, W, 3).
+
+    Every grey gets the mean tint of those pixels of `photo` that it was made of.
+    """
+    grey = restored.image[..., 0]
+    known = (restored.repainted == 0).ravel().astype(np.float32)
+    count = np.bincount(grey.ravel(), known, 256)
+    luma, levels = cv2.cvtColor(photo, cv2.COLOR_BGR2GRAY), np.arange(256)
+    curves = np.empty((256, 1, 3), np.uint8)
+    for channel in range(3):
+        tint = np.bincount(grey.ravel(), known * (photo[..., channel].astype(np.float32) - luma).ravel(), 256)
+        near = ndimage.gaussian_filter1d([tint, count], 6)  # few pixels of a level say little
+        curves[:, 0, channel] = np.rint(levels + near[0] / near[1].clip(min=1e-6)).clip(0, 255)
+    return cv2.LUT(restored.image, curves)
+
+
+def put_back(scan: Scan, restored: RestoredPhoto) -> np.ndarray:
+    """The scan's own pixels as restoring changes them: as `scan.pixels`.
+
+    What has not been changed stays as it is, colours outside sRGB and the lower of 16 bits, too.
+    """
+    scale, result = (257 if scan.pixels.dtype == np.uint16 else 1), np.empty_like(scan.pixels)
+    for top in range(0, len(result), 256):  # saves memory
+        rows = np.s_[top : top + 256]
+        pair = [np.asarray(scan.from_srgb(to_pil(image[rows]))) for image in (scan.photo, restored.image)]
+        before, after = (np.int32(scale) * image.reshape(scan.pixels[rows].shape) for image in pair)
+        repainted = restored.repainted[rows, :, None] > 0
+        result[rows] = np.where(repainted, after, scan.pixels[rows] + after - before).clip(0, 255 * scale)
+    return result
+
+
+def _options(kind: str, carried: Mapping[str, Any], sixteen: bool) -> tuple[dict[str, Any], list[str]]:
+    """What to give to Pillow's `save` for a format, and what of it the format cannot hold."""
+    options, lost = {**carried, "compression": None, **SAVED_AS.get(kind, {})}, []
+    exif, info = options.pop("exif"), PngImagePlugin.PngInfo()
+    if kind != "TIFF":
+        for tag in TIFF_ONLY & exif.keys():
+            del exif[tag]
+    elif "xmp" in carried:
+        exif[700] = carried["xmp"]
+    if kind == "TIFF":  # with libtiff, Pillow writes no EXIF
+        loose = sixteen or {0x8769, 0x8825} & exif.keys() or carried.get("compression", "raw") == "raw"
+        options["compression"] = "raw" if loose else "tiff_lzw"
+    for key, value in options.pop("text", {}).items():
+        info.add_text(key, value)
+    if kind == "PNG" and "xmp" in carried:
+        info.add_itxt("XML:com.adobe.xmp", carried["xmp"].decode(errors="replace"))
+    if exif:
+        options["exif"] = exif if kind == "TIFF" else exif.tobytes()
+    for name in ("exif", "xmp"):
+        if kind == "JPEG" and len(options.get(name, b"")) > 65500:
+            del options[name]
+            lost.append(f"without its {name.upper()}, too long for a JPEG")
+    return options | {"pnginfo": info}, lost
+
+
+def write_scan(path: str | Path, scan: Scan, pixels: np.ndarray) -> list[str]:
+    """Writes pixels, as `scan.pixels`, atomically, with all that the scan carried. Returns what is lost, in words.
+
+    The suffix says the format; JPEG, WebP and the like at quality 95, JPEG at 4:4:4. OSError if it cannot be written.
+    """
+    path = Path(path)
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    kind = "JPEG" if kind == "MPO" else kind
+    sixteen = pixels.dtype == np.uint16 and kind in ("PNG", "TIFF")
+    options, lost = _options(kind, scan.carried, sixteen)
+    if scan.alpha is not None:
+        lost += ["without its transparency"] * (kind == "JPEG")
+        pixels = pixels if kind == "JPEG" else np.dstack((pixels, scan.alpha))
+    if pixels.dtype == np.uint16 and not sixteen:
+        pixels = np.rint(pixels / 257).astype(np.uint8)
+        lost.append("in 8 of its 16 bits")
+    height, width, channels = pixels.shape
+    if sixteen and kind == "TIFF":  # to Pillow, which knows 16 bits in grey only, twice as many pixels of 8
+        pixels = np.ascontiguousarray(pixels, "<u2").view(np.uint8).reshape(height, 2 * width, channels)
+    elif sixteen:
+        content = cv2.imencode(".png", pixels if channels < 3 else pixels[..., [2, 1, 0, 3][:channels]])[1].tobytes()
+        pixels = np.zeros((1, 1, channels), np.uint8)
+    image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    image = image.convert("RGBA") if image.mode == "LA" and kind == "BMP" else image
+    with atomic(path) as temporary:
+        image.save(temporary, kind, **options)
+        if sixteen and kind == "TIFF":
+            with tifffile.TiffFile(temporary, mode="r+b") as tiff:
+                tiff.pages[0].tags["ImageWidth"].overwrite(width)
+                tiff.pages[0].tags["BitsPerSample"].overwrite((16,) * channels)
+        elif sixteen:  # what lies before the pixels, from the small picture: begins with 33 bytes about its size
+            small = temporary.read_bytes()
+            temporary.write_bytes(content[:33] + small[33 : small.rindex(b"IDAT") - 4] + content[33:])
+    return lost
+
+
+class RestoredFile(NamedTuple):
+    """What became of a picture file."""
+
+    file: str
+    width: int = 0  # px
+    height: int = 0
+    repainted: float = math.nan  # share of the picture
+    seconds: float = math.nan
+    remark: str = ""  # what is lost, or why it could not be restored
+    done: bool = True
+
+
+def restore_file(
+    source: Path, destination: Path, generator: UNetGenerator, mask: Path | None = None, bar: Any = None, **how: bool
+) -> tuple[RestoredFile, RestoredPhoto]:
+    """Restores one picture file into another; `how` as `restore_image_gan` has it. OSError if it cannot be written."""
+    begun = time.monotonic()
+    scan, keep_tone = read_scan(source), how.pop("keep_tone", False)
+    restored = restore_photo(scan.photo, generator, mask=None if mask is None else read_mask(mask), bar=bar, **how)
+    if keep_tone and is_neutral(restored.image):
+        restored = restored._replace(image=with_tone_of(scan.photo, restored))
+    remarks = scan.notes + write_scan(destination, scan, put_back(scan, restored))
+    share = math.nan if generator.plain else restored.repainted.mean() / 255
+    size = restored.image.shape[1::-1]
+    return RestoredFile(source.name, *size, share, time.monotonic() - begun, "; ".join(remarks)), restored
+
+
 def restore_image_gan(
     source: str | Path,
     destination: str | Path,
     generator: UNetGenerator,
     fill: bool = True,
     mask: str | Path | None = None,
+    keep_tone: bool = False,
 ) -> np.ndarray:
     """Restores a photograph at its own size: reads `source`, writes `destination`, says how much has been repainted.
 
-    Returns what it wrote, uint8 BGR (H, W, 3). `fill` and `mask` (an image file) as in `restore_photo`. ValueError if
-    `source` cannot be read, if `destination` is one of the two, or has no known image suffix.
+    All that the file carries comes back, too: see `Scan`. Returns the photograph in sRGB, uint8 BGR (H, W, 3). `fill`
+    and `mask` (an image file) as in `restore_photo`; with `keep_tone` a sepia print is not brought to neutral grey.
+    ValueError if `source` cannot be read, if `destination` is one of the two, or has no known image suffix.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    mask = None if mask is None else Path(mask).expanduser()
     for what, path in (("original", source), ("mask", mask)):
-        if path and destination.resolve() == Path(path).expanduser().resolve():
+        if path and destination.resolve() == path.resolve():
             raise ValueError(f"{destination}: the {what} would be overwritten; choose another name for the result")
-    suffix = destination.suffix.lower()
-    if suffix not in IMAGE_SUFFIXES or (suffix not in JPEG_SUFFIXES and not cv2.haveImageWriter(destination.name)):
-        raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(IMAGE_SUFFIXES))}")
-    given = None if mask is None else read_mask(Path(mask).expanduser())
-    restored = restore_photo(read_image(source), generator, fill, given)
-    write_image(destination, restored.image)
-    share = "every pixel drawn anew" if generator.plain else f"{restored.repainted.mean() / 255:.2%} repainted"
-    print(f"{destination.name}: {share}" + ", in neutral grey" * is_neutral(restored.image))
+    if destination.suffix.lower() not in writable_suffixes():
+        raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(writable_suffixes()))}")
+    report, restored = restore_file(source, destination, generator, mask, fill=fill, keep_tone=keep_tone)
+    share = "every pixel drawn anew" if generator.plain else f"{report.repainted:.2%} repainted"
+    remark = ", in neutral grey" * is_neutral(restored.image) + f"; {report.remark}" * bool(report.remark)
+    print(f"{destination.name}: {share}{remark}")
     return restored.image
+
+
+# ====== Folders of scans ==============================================================================================
+
+REPORT, SHEETS = "_restored.csv", "_before_and_after"  # are written beside restored photographs
+REPORT_COLUMNS = ["file", "width", "height", "repainted_percent", "seconds", "restored", "remark"]
+BYTES_A_PIXEL = 45  # that restoring a file takes at most, from reading to writing
+
+
+def plan_folder(
+    source: Path, destination: Path, suffix: str = ""
+) -> tuple[list[tuple[Path, Path]], list[RestoredFile]]:
+    """Which picture file below `source` is restored into which one of `destination`, and which cannot be, and why.
+
+    With another `suffix` (".png") they change their format. FileNotFoundError if there are none, ValueError if the one
+    folder lies in the other or if two files would get the same name.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    here, there = source.resolve(), destination.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise ValueError(
+            f"the photographs are in {source}, the results would go to {destination}: choose a folder for the results "
+            "that is neither the same nor inside the other, so that no original can be lost or restored twice"
+        )
+    names, left_out = list_images(source, kinds=())
+    if not names and not left_out:
+        raise FileNotFoundError(f"no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {source} or its subfolders")
+    pairs = [(source / name, (destination / name).with_suffix(suffix or Path(name).suffix)) for name in names]
+    count = Counter(str(target).lower() for _, target in pairs)  # some systems do not tell a.JPG from a.jpg
+    if clash := [path.relative_to(source).as_posix() for path, target in pairs if count[str(target).lower()] > 1]:
+        raise ValueError(f"{', '.join(clash[:6])}: some would get the same name; rename them, or leave out --format")
+    return pairs, [RestoredFile(name, remark=reason, done=False) for name, reason in left_out.items()]
+
+
+def _picture_size(path: Path) -> tuple[int, int]:
+    """Width and height in px, not turned; of what is no picture, 0."""
+    with contextlib.suppress(Exception), Image.open(path) as image:  # why it cannot be read is said when it is
+        return image.size
+    return 0, 0
+
+
+class Tally:
+    """Counts what several threads have done, in place of a progress bar, and stops them when it is told to."""
+
+    def __init__(self) -> None:
+        self.done, self.stopped, self.lock = 0, False, threading.Lock()
+
+    def update(self, count: int = 1) -> None:
+        """Of a thread that has done so much. InterruptedError if it is to stop."""
+        if self.stopped:
+            raise InterruptedError("stopped")
+        with self.lock:
+            self.done += count
+
+
+def _in_threads(rest: Sequence[tuple[Path, Path]], restore: Callable, fill: bool) -> Iterator[RestoredFile]:
+    """`restore(source, destination, tally)` of all pairs, as many at once as there are cores, and memory, for them.
+
+    One core a photograph is faster than all for one after the other, and others are read and written meanwhile.
+    """
+    sizes = [size for size in in_parallel(_picture_size, [path for path, _ in rest]) if min(size)]
+    room = psutil.virtual_memory().available / 2 / max((BYTES_A_PIXEL * w * h for w, h in sizes), default=1)
+    workers = max(1, min(os.cpu_count() or 1, len(rest), int(room)))
+    total = sum(count_windows(sizes_seen(*size, fill)) for size in sizes)
+    tally, threads = Tally(), torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    with progress("restoring", total, "window") as bar, ThreadPoolExecutor(workers) as pool:
+        try:
+            running = {pool.submit(restore, *pair, tally) for pair in rest}
+            while running:
+                finished, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                bar.update(tally.done - bar.n)
+                yield from (future.result() for future in finished)
+        finally:  # whatever stops it, nobody waits minutes for the large scans that are on their way
+            tally.stopped = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            torch.set_num_threads(threads)
+
+
+def _report_row(report: RestoredFile) -> list[str]:
+    """What became of a file, as a row of the table."""
+    shares = (100 * report.repainted, report.seconds)
+    numbers = [str(number or "") for number in (report.width, report.height)]
+    numbers += ["" if math.isnan(number) else f"{number:.2f}" for number in shares]
+    return [report.file, *numbers, "yes" if report.done else "no", report.remark]
+
+
+def _write_report(path: Path, rows: Iterable[list[str]]) -> None:
+    """Writes the table, sorted by file."""
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8-sig", newline="") as file:  # as Excel wants it
+        csv.writer(file).writerows([REPORT_COLUMNS, *sorted(rows)])
+
+
+def _read_report(path: Path) -> dict[str, list[str]]:
+    """The rows that earlier runs wrote, by file."""
+    with contextlib.suppress(OSError, ValueError, csv.Error), path.open(encoding="utf-8-sig", newline="") as file:
+        return {row[0]: row for row in csv.reader(file) if len(row) == len(REPORT_COLUMNS) and row != REPORT_COLUMNS}
+    return {}
+
+
+def restore_folder(
+    source: str | Path,
+    destination: str | Path,
+    generator: UNetGenerator,
+    fill: bool = True,
+    keep_tone: bool = False,
+    suffix: str = "",
+    overwrite: bool = False,
+) -> list[RestoredFile]:
+    """Restores all pictures below a folder into another one, under the same names; returns what became of each.
+
+    What is there already is left, unless `overwrite`: whatever interrupts it, it goes on when it is called again. A
+    file that cannot be read is named, the others are restored. Beside them come a table (REPORT) and sheets of pairs
+    (SHEETS). `fill` and `keep_tone` as in `restore_image_gan`; `suffix` (".png") changes the format. FileNotFoundError
+    and ValueError as `plan_folder`; OSError if it cannot write.
+    """
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    pairs, unread = plan_folder(source, destination, suffix)
+    names = {path: path.relative_to(source).as_posix() for path, _ in pairs}
+
+    def restore(path: Path, target: Path, tally: Tally) -> RestoredFile:
+        try:
+            report, _ = restore_file(path, target, generator, bar=tally, fill=fill, keep_tone=keep_tone)
+        except (ValueError, MemoryError) as error:
+            return RestoredFile(names[path], remark=str(error), done=False)
+        return report._replace(file=names[path])
+
+    with alone_in(destination), evaluating(generator):
+        rest = [(path, target) for path, target in pairs if overwrite or not target.exists()]
+        there = [RestoredFile(names[path], remark="was there already") for path in names.keys() - dict(rest).keys()]
+        rows = {report.file: _report_row(report) for report in there} | _read_report(destination / REPORT)
+        reports = [*there]
+        for report in itertools.chain(unread, _in_threads(rest, restore, fill)):
+            reports.append(report)
+            rows[report.file] = _report_row(report)
+            _write_report(destination / REPORT, [rows[file] for file in rows.keys() & names.values() | {report.file}])
+        if any(report.done for report in reports[len(there) :]):
+            write_sheets([(path, target) for path, target in pairs if target.exists()], destination)
+    return sorted(reports)
+
+
+TILE, PAIRS_ON_A_SHEET = 240, 20  # px of a picture on a sheet
+
+
+def most_changed(before: np.ndarray, after: np.ndarray, side: int) -> tuple[int, int]:
+    """Where the square of `side` px begins, (x, y), in which two images (H, W, 3) differ most, but for their tones."""
+    change = np.abs(before.astype(np.float32) - after).max(2)
+    sums = cv2.integral(np.maximum(change - np.median(change), 0))
+    height, width = change.shape[0] + 1 - side, change.shape[1] + 1 - side
+    found = sums[side:, side:] - sums[:height, side:] - sums[side:, :width] + sums[:height, :width]
+    y, x = np.unravel_index(found.argmax(), found.shape)
+    return int(x), int(y)
+
+
+def _tile(image: np.ndarray) -> np.ndarray:
+    """An image in a white square of TILE px."""
+    scale = TILE / max(image.shape[:2])
+    size = [max(1, round(length * scale)) for length in image.shape[1::-1]]
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    right, down = TILE - size[0], TILE - size[1]
+    edges = (down // 2, down - down // 2, right // 2, right - right // 2)
+    return cv2.copyMakeBorder(small, *edges, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+
+def before_and_after(source: Path, restored: Path) -> np.ndarray:
+    """A picture before and after, and of both what changed most, enlarged: uint8 BGR (TILE, 4 TILE, 3)."""
+    pair = [read_scan(path).photo for path in (source, restored)]
+    side = min(*pair[0].shape[:2], max(TILE // 3, max(pair[0].shape) // 8))
+    scale = 512 / max(512, *pair[0].shape)
+    small = [cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for image in pair]
+    x, y = (round(start / scale) for start in most_changed(*small, max(1, math.floor(side * scale))))
+    return np.hstack([_tile(image) for image in (*pair, *(image[y : y + side, x : x + side] for image in pair))])
+
+
+def write_sheets(pairs: Sequence[tuple[Path, Path]], folder: Path) -> list[Path]:
+    """Writes sheets to look at, 20 pairs of (original, restored) files on each; returns their paths."""
+    font, sheets = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 16), []
+
+    def draw(pair: tuple[Path, Path]) -> np.ndarray:
+        with contextlib.suppress(ValueError):  # a file that somebody put there
+            return before_and_after(*pair)
+        return np.full((TILE, 4 * TILE, 3), 255, np.uint8)
+
+    strips = in_parallel(draw, pairs, "drawing sheets", "picture", workers=2)
+    for first in range(0, len(pairs), PAIRS_ON_A_SHEET):
+        names = [restored.relative_to(folder).as_posix() for _, restored in pairs[first : first + PAIRS_ON_A_SHEET]]
+        rows = math.ceil(len(names) / 2)
+        sheet = Image.new("RGB", (2 * (4 * TILE + 20), rows * (TILE + 30)), "white")
+        for number, (name, strip) in enumerate(zip(names, strips)):
+            x, y = number % 2 * (4 * TILE + 20), number // 2 * (TILE + 30)
+            sheet.paste(to_pil(strip), (x, y + 25))
+            ImageDraw.Draw(sheet).text((x, y + 2), name[-100:], fill="black", font=font)
+        sheets.append(folder / f"{SHEETS}_{first // PAIRS_ON_A_SHEET + 1:02d}.jpg")
+        write_image(sheets[-1], cv2.cvtColor(np.asarray(sheet), cv2.COLOR_RGB2BGR))
+    return sheets
 
 
 # ====== Figures =======================================================================================================
@@ -2961,6 +3439,183 @@ def compare_results(generator: nn.Module, pairs: Sequence[Pair], run: Run, path:
     figure = show_images(columns, ("degraded", "restored", "original"), captions)
     save_figure(figure, path)
     return figure
+
+
+# ====== Before and after, to play with ================================================================================
+
+SLIDER = """
+<figure id="{name}" style="margin:1em 0;max-width:{width}px">
+<div style="position:relative;display:flex;gap:4px">
+<img alt="before" src="{before}" style="width:50%">
+<img alt="after" src="{after}" style="width:50%">
+</div>
+<figcaption>{caption}</figcaption>
+<script>
+(() => {{
+  const figure = document.getElementById("{name}"), [before, after] = figure.querySelectorAll("img");
+  const box = before.parentNode, line = document.createElement("div"), slider = document.createElement("input");
+  Object.assign(slider, {{type: "range", min: 0, max: 100, step: 0.5, ariaLabel: "share shown as it was before"}});
+  box.style.display = "block";
+  before.style.cssText = "display:block;width:100%";
+  after.style.cssText = "position:absolute;inset:0;width:100%;height:100%";
+  line.style.cssText = "position:absolute;top:0;bottom:0;width:2px;background:#fff;box-shadow:0 0 3px #000";
+  slider.style.cssText = "position:absolute;inset:0;width:100%;height:100%;margin:0;opacity:0;cursor:ew-resize";
+  slider.oninput = () => {{
+    after.style.clipPath = `inset(0 0 0 ${{slider.value}}%)`;
+    line.style.left = `calc(${{slider.value}}% - 1px)`;
+  }};
+  slider.onfocus = () => line.style.background = "#fc0";
+  slider.onblur = () => line.style.background = "#fff";
+  box.append(line, slider);
+  slider.oninput();
+}})();
+</script>
+</figure>
+"""
+PAGE = """<!doctype html>
+<meta charset="utf-8"><title>Before and after</title>
+<body style="font-family:sans-serif">
+<p>Left of the line each photograph as it was, right of it restored. Drag the line, or use Tab and the arrow keys.</p>
+"""
+
+
+def compare_slider(before: np.ndarray, after: np.ndarray, caption: str = "", longest: int = 1200) -> str:
+    """Two images, uint8 BGR (H, W, 3), one over the other, with a line between to drag: HTML that needs no other file.
+
+    With the keyboard: Tab, then the arrow keys. Where scripts are off, both stand side by side. `longest` is the most
+    px of a side.
+    """
+    sources = []
+    for image in (before, after):
+        scale = min(1, longest / max(image.shape[:2]))
+        small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
+        content = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
+        sources.append("data:image/jpeg;base64," + base64.b64encode(content).decode())
+    name = f"compare-{fingerprint(*sources, caption)}"
+    return SLIDER.format(
+        name=name, before=sources[0], after=sources[1], width=small.shape[1], caption=html.escape(caption)
+    )
+
+
+def write_page(path: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
+    """One HTML page with a `compare_slider` for each pair of (original, restored) files; it needs no other file."""
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as page:
+        page.write(PAGE)
+        for source, restored in pairs:
+            page.write(compare_slider(*(read_scan(file).photo for file in (source, restored)), restored.name))
+
+
+# ====== Command line ==================================================================================================
+
+OWN_WEIGHTS = "face_restoration_generator_final.pth"
+SHIPPED_WEIGHTS = Path(__file__).parent / "outputs" / "restoration_weights.pth"  # of profile `long`; see the README
+EXAMPLES = """
+examples:
+  python restoration_utils.py restore scans restored              every picture below scans/, to restored/
+  python restoration_utils.py restore old.jpg mended.png          one picture
+  python restoration_utils.py restore old.jpg mended.png --mask damage.png
+  python restoration_utils.py restore scans restored --no-fill --format png
+What is in OUT already is left as it is: interrupted, the same command goes on.
+"""
+
+
+def find_weights(places: Places) -> Path:
+    """One's own weights, if the notebooks have written some, otherwise those that come with the project.
+
+    FileNotFoundError if there are neither.
+    """
+    for path in (places.outputs / OWN_WEIGHTS, SHIPPED_WEIGHTS):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no weights: neither {OWN_WEIGHTS} in {places.outputs} nor {SHIPPED_WEIGHTS}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(description="Restores photographs.")
+    restore = parser.add_subparsers(dest="command", required=True).add_parser(
+        "restore",
+        help="restore a picture, or all below a folder",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    restore.add_argument("source", metavar="IN", type=Path, help="a picture or a folder")
+    restore.add_argument("destination", metavar="OUT", type=Path, help="a file name, or a folder (made if missing)")
+    restore.add_argument("--weights", type=Path, help="a checkpoint; else your own, or those that came along")
+    how = restore.add_mutually_exclusive_group()
+    how.add_argument("--mask", type=Path, help="repaint what is white in this picture, and only that (for one picture)")
+    how.add_argument("--no-fill", action="store_true", help="mend colours and noise, repaint nothing")
+    restore.add_argument("--keep-tone", action="store_true", help="leave sepia as it is, instead of neutral grey")
+    restore.add_argument("--sure", type=float, help="0 to 1: how sure damage must be to be repainted; lower finds more")
+    restore.add_argument("--device", choices=("cpu", "cuda"), help="else the GPU, if there is one")
+    restore.add_argument("--format", help="of the results: jpg, png, tif, webp, ...; else as the originals")
+    restore.add_argument("--overwrite", action="store_true", help="restore again what is in OUT already")
+    restore.add_argument("--page", action="store_true", help="also write a page to compare before and after")
+    return parser.parse_args(arguments)
+
+
+def _restore_one(options: argparse.Namespace, generator: UNetGenerator) -> Path:
+    """One picture, as the command line asks; returns where it is."""
+    source, target = options.source, options.destination
+    if target.is_dir() or not target.suffix:
+        target = target / source.with_suffix(options.format or source.suffix).name
+    elif options.format and target.suffix.lower() != options.format:
+        raise ValueError(f"{target.name} does not end in {options.format}: leave out --format")
+    if target.exists() and not options.overwrite and target.resolve() != source.resolve():
+        print(f"{target} is there already, and is left as it is; --overwrite replaces it")
+        return target
+    restore_image_gan(source, target, generator, not options.no_fill, options.mask, options.keep_tone)
+    return target
+
+
+def _restore_many(options: argparse.Namespace, generator: UNetGenerator) -> tuple[list[tuple[Path, Path]], int]:
+    """A folder, as the command line asks: pairs of (original, restored) files, and the exit status."""
+    if options.mask:
+        raise ValueError("a mask belongs to one picture, not to a folder: restore that picture by itself")
+    source, destination = options.source, options.destination
+    how = {"fill": not options.no_fill, "keep_tone": options.keep_tone}
+    reports = restore_folder(source, destination, generator, suffix=options.format, overwrite=options.overwrite, **how)
+    failed = [report for report in reports if not report.done]
+    for report in failed:
+        print(f"not restored: {report.file}: {report.remark}")
+    now = sum(report.done and not math.isnan(report.seconds) for report in reports)
+    left = len(reports) - now - len(failed)
+    print(f"{now} restored, {left} there already, {len(failed)} not restored; see {destination / REPORT}")
+    pairs = [(path, target) for path, target in plan_folder(source, destination, options.format)[0] if target.exists()]
+    return pairs, int(bool(failed))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns its exit status: 0; 1 if a file could not be restored; 2 if nothing could be done."""
+    options = _parse(arguments)
+    warnings.filterwarnings("ignore", module="PIL")  # about pictures' metadata
+    keep_freed_memory()
+    try:
+        options.format = f".{options.format.lower().lstrip('.')}" if options.format else ""
+        if options.format and options.format not in writable_suffixes():
+            raise ValueError(f"--format {options.format}: choose one of {', '.join(sorted(writable_suffixes()))}")
+        if options.sure is not None and not 0 < options.sure < 1:
+            raise ValueError(f"--sure {options.sure}: must lie between 0 and 1")
+        weights = options.weights or find_weights(find_places())
+        generator = load_generator(weights, options.device or choose_device())
+        generator.sure = options.sure or generator.sure
+        print(f"weights: {weights}")
+        if options.source.is_dir():
+            pairs, status = _restore_many(options, generator)
+            page = options.destination / f"{SHEETS}.html"
+        else:
+            target = _restore_one(options, generator)
+            pairs, status, page = [(options.source, target)], 0, target.with_suffix(".html")
+        if options.page:
+            write_page(page, pairs)
+            print(f"compare them in {page}")
+        return status
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 # ====== Appendix: the synthetic portraits =============================================================================
@@ -3405,3 +4060,7 @@ def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
     if (blur := rng.choice((0, 0, rng.uniform(0.4, 1.5)))) > 0:
         image = cv2.GaussianBlur(image, (0, 0), blur)
     return develop(rng, image, rng.uniform(0, 0.01))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
