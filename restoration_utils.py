@@ -2926,11 +2926,11 @@ def exif_of(image: Image.Image) -> Image.Exif:
     exif = image.getexif()
     for tag in TIFF_STRUCTURE & exif.keys():
         del exif[tag]
-    parts = [exif, *(exif.get_ifd(tag) for tag in (0x8769, 0x8825) if tag in exif)]  # details, place
+    details, place = (exif.get_ifd(tag) if tag in exif else {} for tag in (0x8769, 0x8825))
     exif.get_ifd(0xA005)  # is read, too, before the file is closed
-    if exif.pop(0x0112, 1) in (5, 6, 7, 8) and {0xA002, 0xA003} <= (details := parts[1]).keys():
-        details[0xA002], details[0xA003] = details[0xA003], details[0xA002]  # width and height
-    for part in parts:
+    if exif.pop(0x0112, 1) in (5, 6, 7, 8) and {0xA002, 0xA003} <= details.keys():  # width and height
+        details[0xA002], details[0xA003] = details[0xA003], details[0xA002]
+    for part in (exif, details, place):
         part.update({tag: AsRead(text) for tag, text in part.items() if isinstance(text, str)})
     return exif
 
