@@ -3018,13 +3018,13 @@ def with_tone_of(photo: np.ndarray, restored: RestoredPhoto) -> np.ndarray:
 
     Every grey gets the mean tint of those pixels of `photo` that it was made of.
     """
-    grey = restored.image[..., 0]
-    known = (restored.repainted == 0).ravel().astype(np.float32)
-    count = np.bincount(grey.ravel(), known, 256)
-    luma, levels = cv2.cvtColor(photo, cv2.COLOR_BGR2GRAY), np.arange(256)
-    curves = np.empty((256, 1, 3), np.uint8)
+    some = np.s_[:: 1 + len(photo) // 1000, :: 1 + photo.shape[1] // 1000]  # are enough
+    grey, known = restored.image[some][..., 0].ravel(), (restored.repainted[some] == 0).ravel().astype(float)
+    count = np.bincount(grey, known, 256)
+    tints = photo[some].astype(float) - to_grey(photo[some])
+    levels, curves = np.arange(256), np.empty((256, 1, 3), np.uint8)
     for channel in range(3):
-        tint = np.bincount(grey.ravel(), known * (photo[..., channel].astype(np.float32) - luma).ravel(), 256)
+        tint = np.bincount(grey, known * tints[..., channel].ravel(), 256)
         near = ndimage.gaussian_filter1d([tint, count], 6)  # few pixels of a level say little
         curves[:, 0, channel] = np.rint(levels + near[0] / near[1].clip(min=1e-6)).clip(0, 255)
     return cv2.LUT(restored.image, curves)
@@ -3524,7 +3524,8 @@ def find_weights(places: Places) -> Path:
 
     FileNotFoundError if there are neither.
     """
-    for path in (places.outputs / OWN_WEIGHTS, SHIPPED_WEIGHTS):
+    attached = sorted(places.attached.rglob(OWN_WEIGHTS)) if places.attached else []  # on Kaggle
+    for path in (places.outputs / OWN_WEIGHTS, *attached, SHIPPED_WEIGHTS):
         if path.is_file():
             return path
     raise FileNotFoundError(f"no weights: neither {OWN_WEIGHTS} in {places.outputs} nor {SHIPPED_WEIGHTS}")
