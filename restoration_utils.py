@@ -2762,7 +2762,9 @@ def mend_level(
         return (restored + 1) * 127.5
 
     image = _by_windows(photo, look, 3, bar)
-    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB) if is_neutral(photo) else image
+    if is_neutral(photo):
+        cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB, image)
+    return image
 
 
 def large_scale_change(before: np.ndarray, after: np.ndarray, curves: Tensor) -> np.ndarray:
@@ -2875,6 +2877,7 @@ def restore_photo(
         if own != sizes[0]:
             drift = large_scale_change(small, image, curves)
             image = mend_level(at(own), damage, generator, curves, drift, bar)
+    picture = None  # as above
     return RestoredPhoto(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), damage)
 
 
@@ -2905,12 +2908,23 @@ SAVED_AS = {  # how Pillow shall write a format
 class Scan(NamedTuple):
     """A picture file of one's own, upright, with what it carries."""
 
-    photo: np.ndarray  # what the networks see: uint8 BGR (H, W, 3), sRGB
-    pixels: np.ndarray  # its own, uint8 or uint16: grey (H, W, 1) or RGB (H, W, 3), in the colours of its profile
+    pixels: np.ndarray  # uint8 or uint16: grey (H, W, 1) or RGB (H, W, 3), in the colours of its profile
     alpha: np.ndarray | None  # its opacity, (H, W), of the same type
-    from_srgb: Callable[[Image.Image], Image.Image]  # brings an sRGB picture to these colours, mode "L" or "RGB"
+    to_srgb: Callable[[Image.Image], Image.Image]  # brings a picture of 8 bits to sRGB, mode "RGB",
+    from_srgb: Callable[[Image.Image], Image.Image]  # and one in sRGB to these colours, mode "L" or "RGB"
     carried: dict[str, Any]  # what else it holds, as Pillow's `save` takes it: EXIF, XMP, profile, resolution, ...
     notes: list[str]  # what of it does not come back
+
+    def photo(self, rows: slice = slice(None)) -> np.ndarray:
+        """What the networks see of it, or of some rows: uint8 BGR (H, W, 3), sRGB."""
+        pixels = self.pixels[rows]
+        eight = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
+        return cv2.cvtColor(np.asarray(self.to_srgb(as_picture(eight))), cv2.COLOR_RGB2BGR)
+
+
+def as_picture(pixels: np.ndarray) -> Image.Image:
+    """uint8 (H, W, channels) as a picture: grey, grey with opacity, RGB or RGBA."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 class AsRead(str):
@@ -2998,10 +3012,10 @@ def read_scan(path: str | Path) -> Scan:
         own = own.convert("L")
     cmyk = image.mode == "CMYK"
     to_srgb, from_srgb = color_transforms(carried.get("icc_profile"), "CMYK" if cmyk else own.mode)
-    photo = to_srgb(image if cmyk else own)
     if cmyk or from_srgb is None:
-        own, from_srgb = photo.convert(own.mode), functools.partial(Image.Image.convert, mode=own.mode)
+        own = to_srgb(image if cmyk else own).convert(own.mode)
         carried.pop("icc_profile", None)
+        to_srgb, from_srgb = color_transforms(None, own.mode)
         notes.append(f"in sRGB instead of {'CMYK' if cmyk else 'its own colours'}")
     pixels = np.atleast_3d(np.asarray(own))
     if sixteen:
@@ -3010,7 +3024,7 @@ def read_scan(path: str | Path) -> Scan:
             notes.append("in 8 of its 16 bits")
         else:
             pixels, alpha = (deep, None) if alpha is None else (deep[..., :-1], deep[..., -1])
-    return Scan(cv2.cvtColor(np.asarray(photo), cv2.COLOR_RGB2BGR), pixels, alpha, from_srgb, carried, notes)
+    return Scan(pixels, alpha, to_srgb, from_srgb, carried, notes)
 
 
 def with_tone_of(photo: np.ndarray, restored: RestoredPhoto) -> np.ndarray:
@@ -3038,7 +3052,7 @@ def put_back(scan: Scan, restored: RestoredPhoto) -> np.ndarray:
     scale, result = (257 if scan.pixels.dtype == np.uint16 else 1), np.empty_like(scan.pixels)
     for top in range(0, len(result), 256):  # saves memory
         rows = np.s_[top : top + 256]
-        pair = [np.asarray(scan.from_srgb(to_pil(image[rows]))) for image in (scan.photo, restored.image)]
+        pair = [np.asarray(scan.from_srgb(to_pil(image))) for image in (scan.photo(rows), restored.image[rows])]
         before, after = (np.int32(scale) * image.reshape(scan.pixels[rows].shape) for image in pair)
         repainted = restored.repainted[rows, :, None] > 0
         result[rows] = np.where(repainted, after, scan.pixels[rows] + after - before).clip(0, 255 * scale)
@@ -3092,7 +3106,7 @@ def write_scan(path: str | Path, scan: Scan, pixels: np.ndarray) -> list[str]:
     elif sixteen:
         content = cv2.imencode(".png", pixels if channels < 3 else pixels[..., [2, 1, 0, 3][:channels]])[1].tobytes()
         pixels = np.zeros((1, 1, channels), np.uint8)
-    image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    image = as_picture(pixels)
     image = image.convert("RGBA") if image.mode == "LA" and kind == "BMP" else image
     with atomic(path) as temporary:
         image.save(temporary, kind, **options)
@@ -3119,14 +3133,19 @@ class RestoredFile(NamedTuple):
 
 
 def restore_file(
-    source: Path, destination: Path, generator: UNetGenerator, mask: Path | None = None, bar: Any = None, **how: bool
+    source: Path,
+    destination: Path,
+    generator: UNetGenerator,
+    fill: bool = True,
+    mask: Path | None = None,
+    keep_tone: bool = False,
+    bar: Any = None,
 ) -> tuple[RestoredFile, RestoredPhoto]:
-    """Restores one picture file into another; `how` as `restore_image_gan` has it. OSError if it cannot be written."""
-    begun = time.monotonic()
-    scan, keep_tone = read_scan(source), how.pop("keep_tone", False)
-    restored = restore_photo(scan.photo, generator, mask=None if mask is None else read_mask(mask), bar=bar, **how)
+    """Restores one picture file into another, as `restore_image_gan`. OSError if it cannot be written."""
+    begun, scan, painted = time.monotonic(), read_scan(source), None if mask is None else read_mask(mask)
+    restored = restore_photo(scan.photo(), generator, fill, painted, bar)
     if keep_tone and is_neutral(restored.image):
-        restored = restored._replace(image=with_tone_of(scan.photo, restored))
+        restored = restored._replace(image=with_tone_of(scan.photo(), restored))
     remarks = scan.notes + write_scan(destination, scan, put_back(scan, restored))
     share = math.nan if generator.plain else restored.repainted.mean() / 255
     size = restored.image.shape[1::-1]
@@ -3154,7 +3173,7 @@ def restore_image_gan(
             raise ValueError(f"{destination}: the {what} would be overwritten; choose another name for the result")
     if destination.suffix.lower() not in writable_suffixes():
         raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(writable_suffixes()))}")
-    report, restored = restore_file(source, destination, generator, mask, fill=fill, keep_tone=keep_tone)
+    report, restored = restore_file(source, destination, generator, fill, mask, keep_tone)
     share = "every pixel drawn anew" if generator.plain else f"{report.repainted:.2%} repainted"
     remark = ", in neutral grey" * is_neutral(restored.image) + f"; {report.remark}" * bool(report.remark)
     print(f"{destination.name}: {share}{remark}")
@@ -3282,7 +3301,7 @@ def restore_folder(
 
     def restore(path: Path, target: Path, tally: Tally) -> RestoredFile:
         try:
-            report, _ = restore_file(path, target, generator, bar=tally, fill=fill, keep_tone=keep_tone)
+            report, _ = restore_file(path, target, generator, fill, None, keep_tone, tally)
         except (ValueError, MemoryError) as error:
             return RestoredFile(names[path], remark=str(error), done=False)
         return report._replace(file=names[path])
@@ -3326,7 +3345,7 @@ def _tile(image: np.ndarray) -> np.ndarray:
 
 def before_and_after(source: Path, restored: Path) -> np.ndarray:
     """A picture before and after, and of both what changed most, enlarged: uint8 BGR (TILE, 4 TILE, 3)."""
-    pair = [read_scan(path).photo for path in (source, restored)]
+    pair = [read_scan(path).photo() for path in (source, restored)]
     side = min(*pair[0].shape[:2], max(TILE // 3, max(pair[0].shape) // 8))
     scale = 512 / max(512, *pair[0].shape)
     small = [cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for image in pair]
@@ -3502,7 +3521,7 @@ def write_page(path: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as page:
         page.write(PAGE)
         for source, restored in pairs:
-            page.write(compare_slider(*(read_scan(file).photo for file in (source, restored)), restored.name))
+            page.write(compare_slider(*(read_scan(file).photo() for file in (source, restored)), restored.name))
 
 
 # ====== Command line ==================================================================================================

@@ -155,8 +155,8 @@ def test_a_phones_colours_come_back_as_they_were(tmp_path):
     scan = ru.read_scan(tmp_path / "a.png")
     profiles = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
     reference = ImageCms.profileToProfile(Image.fromarray(vivid), *profiles, renderingIntent=1)
-    assert np.abs(scan.photo[:, :, ::-1].astype(int) - np.asarray(reference)).max() <= 1
-    assert scan.photo[0, 100, 2] > 185  # its skin does not fade
+    assert np.abs(scan.photo()[:, :, ::-1].astype(int) - np.asarray(reference)).max() <= 1
+    assert scan.photo()[0, 100, 2] > 185  # its skin does not fade
     unchanged = restored(tmp_path, "a.png", generator=Stub())
     assert np.array_equal(np.asarray(unchanged), vivid) and unchanged.info["icc_profile"] == profile
     changed = np.asarray(restored(tmp_path, "a.png", generator=darker())).astype(int)

@@ -32,6 +32,5 @@ if __name__ == "__main__":
     rng = np.random.default_rng(0)
     aged = ru.age_photo(ru.draw_portrait(rng, 512), rng)
     pair = [ru.restore_photo(aged, ru.load_generator(path)).image.astype(int) for path in (source, ru.SHIPPED_WEIGHTS)]
-    print(
-        f"differs by {np.abs(pair[0] - pair[1]).mean():.3f} levels on average, by {np.abs(pair[0] - pair[1]).max()} at most"
-    )
+    off = np.abs(pair[0] - pair[1])
+    print(f"differs by {off.mean():.3f} levels on average, by {off.max()} at most")
