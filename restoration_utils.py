@@ -251,7 +251,7 @@ def start() -> tuple[Settings, Places, torch.device]:
     if in_notebook():  # as PNG, the many photographs would make notebooks of several megabytes
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 70, "optimize": True, "progressive": True})
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 64, "optimize": True, "progressive": True})
     warnings.filterwarnings("ignore", module="PIL")  # about pictures' metadata, in the middle of a progress bar
     keep_freed_memory()
     is_on("RESTORATION_STRICT")  # a wrong value is an error now, not after the training
@@ -336,7 +336,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         raise OSError(f"{folder} cannot be locked ({error}): set OUTPUT_DIR to one on a local disk") from error
     with lock:
-        for leftover in folder.glob(f"{PARTIAL}*"):
+        for leftover in folder.rglob(f"{PARTIAL}*"):
             with contextlib.suppress(OSError):  # what is being written now is younger than a minute
                 if time.time() - leftover.stat().st_mtime > 60:
                     leftover.unlink()
@@ -431,7 +431,10 @@ def open_image(path: str | Path) -> Image.Image:
             if (count := image.width * image.height) > MAX_PIXELS:
                 raise ValueError(f"too many pixels, {count / 1e6:.0f} million; {MAX_PIXELS / 1e6:.0f} are the most")
             pixels = None
-            if image.format == "TIFF" and image.tag_v2.get(0x0112, 1) == 1 and not image.has_transparency_data:
+            tags = image.tag_v2 if image.format == "TIFF" else {}
+            if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:
+                raise ValueError("16 bits, in a plane for each colour")  # which neither reads rightly
+            if tags and tags.get(0x0112, 1) == 1 and not image.has_transparency_data:
                 pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
             rgb = _to_rgb(image) if pixels is None else to_pil(pixels)
             if image.format == "PNG":
@@ -596,12 +599,15 @@ def list_images(folder: Path, kinds: Sequence[str] = KINDS) -> tuple[list[str], 
     found, left_out, readable = [], {}, readable_suffixes()
 
     def leave_out(path: str | Path, reason: str) -> None:
-        left_out[ascii(Path(path).relative_to(folder).as_posix())[1:-1]] = reason
+        name = Path(path).relative_to(folder).as_posix()
+        left_out[name.encode(errors="backslashreplace").decode()] = reason
 
     for parent, folders, names in os.walk(folder, onerror=lambda e: leave_out(e.filename, e.strerror)):
         for name in [name for name in folders if Path(parent, name).is_symlink()]:
             leave_out(Path(parent, name), "a link to a folder, not followed; name the folder to which it leads")
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "fakefaces_degraded"]
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and (name != "fakefaces_degraded" or not kinds)
+        ]
         visible = [Path(parent, name) for name in names if not name.startswith(".")]
         stems = {path.stem for path in visible if path.suffix.lower() in IMAGE_SUFFIXES}
         for path in visible:
@@ -2523,7 +2529,7 @@ def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
 # of it a pixel weighs as much in the mean as it is likely, and `SPECK_MORE` is asked. Where `ENOUGH` of a picture is
 # damaged for sure, the rest of its damage is likely, too, and `PLAUSIBLE` will do. Chosen by photographs that no
 # training has seen.
-LIKELY, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.5, 0.001, 0.1, (0.4, 15)
+LIKELY, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.6, 0.001, 0.1, (0.4, 15)
 SPECK_LENGTH, SPECK_RADIUS, SPECK_MORE = 14, 3, 0.05
 LEAST_CONTRAST = 50  # levels, of a grey picture; the palest of 76 prints aged by age_photo has 111
 KNOWN_SIZE = 1024  # px, longer side, up to which damage is looked for: what is larger is smoother than in training
@@ -2894,7 +2900,7 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 # Tags that say how the pixels of a TIFF lie in the file, which a new one has of its own; 34675: the colour profile.
 TIFF_STRUCTURE = {*range(254, 267), 273, *range(277, 282), 284, *range(290, 294), 301, *range(317, 348), 34675}
-TIFF_STRUCTURE |= {*range(512, 533)}
+TIFF_STRUCTURE |= {*range(512, 533), 37724}
 TIFF_ONLY = {700, 33723, 34377}  # XMP, IPTC and Photoshop's data, which other formats keep elsewhere
 NOT_AS_TEXT = {"XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1"}  # of a PNG: kept as XMP and EXIF
 SAVED_AS = {  # how Pillow shall write a format
@@ -2935,29 +2941,34 @@ class AsRead(str):
         return super().encode("latin-1")
 
 
-def exif_of(image: Image.Image) -> Image.Exif:
-    """What the camera or the scanner wrote, without a thumbnail, and for pixels that have been turned upright."""
+def exif_of(image: Image.Image, turned: bool) -> Image.Exif:
+    """What the camera or the scanner wrote, without a thumbnail, and for pixels that stand upright."""
     exif = image.getexif()
     for tag in TIFF_STRUCTURE & exif.keys():
         del exif[tag]
     details, place = (exif.get_ifd(tag) if tag in exif else {} for tag in (0x8769, 0x8825))
     exif.get_ifd(0xA005)  # is read, too, before the file is closed
-    if exif.pop(0x0112, 1) in (5, 6, 7, 8) and {0xA002, 0xA003} <= details.keys():  # width and height
+    if exif.pop(0x0112, 1) in (5, 6, 7, 8) and turned and {0xA002, 0xA003} <= details.keys():  # width and height
         details[0xA002], details[0xA003] = details[0xA003], details[0xA002]
     for part in (exif, details, place):
         part.update({tag: AsRead(text) for tag, text in part.items() if isinstance(text, str)})
     return exif
 
 
-def metadata(image: Image.Image) -> dict[str, Any]:
+def metadata(image: Image.Image, turned: bool) -> dict[str, Any]:
     """What an opened file carries beside its pixels, as Pillow's `save` takes it."""
-    kept = ("dpi", "icc_profile", "comment", "progressive", "compression")
-    carried = {name: image.info[name] for name in kept if image.info.get(name)} | {"exif": exif_of(image)}
+    kept = {"dpi": tuple, "icc_profile": bytes, "comment": (bytes, str), "progressive": int, "compression": str}
+    info = {name: image.info.get(name) for name in kept}  # among a PNG's texts may be anything of these names
+    carried = {name: info[name] for name, kind in kept.items() if info[name] and isinstance(info[name], kind)}
     if carried.get("dpi") == (1, 1):  # of a TIFF that does not say it
         del carried["dpi"]
-    if xmp := image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"):
+    carried["exif"] = Image.Exif()
+    with contextlib.suppress(Exception):  # damaged beyond what Pillow forgives
+        carried["exif"] = exif_of(image, turned)
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")
+    if xmp and isinstance(xmp, (bytes, str)):
         xmp = xmp.encode() if isinstance(xmp, str) else xmp
-        carried["xmp"] = re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", xmp)
+        carried["xmp"] = re.sub(rb"(tiff:Orientation(?:=[\"']|>))[2-8]", rb"\g<1>1", xmp) if turned else xmp
     if text := {key: value for key, value in getattr(image, "text", {}).items() if key not in NOT_AS_TEXT}:
         carried["text"] = text
     if iptc := [part for marker, part in getattr(image, "applist", ()) if marker == "APP13"]:  # in Photoshop's wrapping
@@ -2984,46 +2995,75 @@ def color_transforms(profile: bytes | None, mode: str) -> tuple[Callable, Callab
     return lambda picture: apply(picture, there), back and (lambda picture: apply(picture, back))
 
 
-def _sixteen_bits(path: str | Path, channels: int, turn: Image.Transpose | None) -> np.ndarray | None:
-    """The 16 bits of a PNG or TIFF, uint16 (H, W, channels), upright; None if OpenCV cannot read them."""
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+def _sixteen_bits(content: bytes, image: Image.Image, channels: int) -> np.ndarray | None:
+    """The 16 bits of a PNG or TIFF, uint16 (H, W, channels), as they lie there; None if OpenCV cannot read them."""
+    if image.format == "TIFF":
+        if image.tag_v2.get(338) == (1,):  # colours that were multiplied with the opacity
+            return None
+        with tifffile.TiffFile(buffer := io.BytesIO(content), mode="r+b") as tiff:
+            if "Orientation" in tiff.pages[0].tags:  # some versions of OpenCV turn it, some fail
+                tiff.pages[0].tags["Orientation"].overwrite(1)
+            content = buffer.getvalue()
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     order = {1: (0,), 2: (0, -1), 3: (2, 1, 0), 4: (2, 1, 0, 3)}[channels]  # of grey or BGR, and opacity
     if pixels is None or pixels.dtype != np.uint16 or np.atleast_3d(pixels).shape[2] <= max(order):
         return None
-    planes = [Image.fromarray(np.ascontiguousarray(np.atleast_3d(pixels)[..., channel])) for channel in order]
-    return np.dstack([np.asarray(plane if turn is None else plane.transpose(turn)) for plane in planes])
+    pixels = np.atleast_3d(pixels)[..., list(order)]
+    return 65535 - pixels if image.format == "TIFF" and image.tag_v2.get(262) == 0 else pixels  # 0: white is zero
+
+
+def _turned(pixels: np.ndarray, turn: Image.Transpose | None) -> np.ndarray:
+    """An array (H, W, channels), turned as Pillow does it."""
+    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(pixels, 2, 0)] if turn else []
+    return np.dstack([np.asarray(plane.transpose(turn)) for plane in planes]) if turn else pixels
 
 
 def read_scan(path: str | Path) -> Scan:
     """Reads a picture file with all that it carries. Raises as `open_image`."""
-    own, notes = open_image(path), []
-    with Image.open(path) as image:
-        if (count := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+    own = open_image(path)
+    try:
+        return _scan_of(own, Path(path).read_bytes())
+    except Exception as error:  # whatever the readers of what it carries trip over
+        raise ValueError(f"{path}: cannot be read ({error}). Save it anew from another program") from error
+
+
+def _scan_of(own: Image.Image, content: bytes) -> Scan:
+    """A scan from its picture, upright in RGB, and the bytes of its file."""
+    notes = []
+    with Image.open(io.BytesIO(content)) as image:
+        if (count := getattr(image, "n_frames", 1)) > 1:
             notes.append(f"the first of its {count} pictures")
-        lies = image.format == "TIFF" and image.getexif().get(0x0112, 1) != 1  # Pillow turns it, OpenCV not always
-        sixteen = image.format in ("PNG", "TIFF") and ";16" in str(image.tile[:1])
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        bits = max(tags.get(258, (8,))) if tags else 16 if ";16" in str(image.tile[:1]) else 8
+        before = UPRIGHT.get(image.getexif().get(0x0112)) if tags else None  # Pillow turns it when it is loaded
         image.load()  # in a PNG, texts may follow the pixels
-        carried, turn = metadata(image), UPRIGHT.get(_orientation(image))
-        if image.format == "WEBP" and b"VP8L" in Path(path).read_bytes():
+        turn = UPRIGHT.get(_orientation(image))
+        carried = metadata(image, turned=(before or turn) is not None)
+        if image.format == "WEBP" and b"VP8L" in content:
             carried["lossless"] = True
+        if 33723 in carried["exif"]:  # IPTC is bytes, which many programs call 32-bit numbers
+            with tifffile.TiffFile(io.BytesIO(content)) as tiff:
+                tag = tiff.pages[0].tags[33723]
+            carried["exif"][33723] = content[tag.valueoffset : tag.valueoffset + tag.valuebytecount]
+        opaque, mode = not image.has_transparency_data, image.mode
+        grey = mode in ("1", "L", "LA", "La") or mode[0] == "I"
+        deep = _sixteen_bits(content, image, (1 if grey else 3) + (not opaque)) if bits == 16 else None
         image = image.copy() if turn is None else image.transpose(turn)
-    alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
-    if image.mode in ("1", "L", "LA", "La") or image.mode[0] == "I":
-        own = own.convert("L")
-    cmyk = image.mode == "CMYK"
-    to_srgb, from_srgb = color_transforms(carried.get("icc_profile"), "CMYK" if cmyk else own.mode)
-    if cmyk or from_srgb is None:
-        own = to_srgb(image if cmyk else own).convert(own.mode)
+    alpha = None if opaque else np.asarray(image.convert("RGBA").getchannel("A"))
+    own = own.convert("L") if grey else own
+    foreign = mode if mode in ("CMYK", "LAB") else ""
+    to_srgb, from_srgb = color_transforms(carried.get("icc_profile"), "CMYK" if foreign == "CMYK" else own.mode)
+    if foreign or from_srgb is None:
+        own = own if foreign == "LAB" else to_srgb(image if foreign else own).convert(own.mode)
         carried.pop("icc_profile", None)
         to_srgb, from_srgb = color_transforms(None, own.mode)
-        notes.append(f"in sRGB instead of {'CMYK' if cmyk else 'its own colours'}")
+        notes.append(f"in sRGB instead of {foreign or 'its own colours'}")
     pixels = np.atleast_3d(np.asarray(own))
-    if sixteen:
-        deep = None if lies else _sixteen_bits(path, pixels.shape[2] + (alpha is not None), turn)
-        if deep is None:
-            notes.append("in 8 of its 16 bits")
-        else:
-            pixels, alpha = (deep, None) if alpha is None else (deep[..., :-1], deep[..., -1])
+    if deep is not None and not foreign:
+        deep = _turned(deep, before or turn)
+        pixels, alpha = (deep, None) if opaque else (deep[..., :-1], deep[..., -1])
+    elif bits > 8:
+        notes.append(f"in 8 of its {bits} bits")
     return Scan(pixels, alpha, to_srgb, from_srgb, carried, notes)
 
 
@@ -3075,8 +3115,12 @@ def _options(kind: str, carried: Mapping[str, Any], sixteen: bool) -> tuple[dict
         info.add_text(key, value)
     if kind == "PNG" and "xmp" in carried:
         info.add_itxt("XML:com.adobe.xmp", carried["xmp"].decode(errors="replace"))
-    if exif:
-        options["exif"] = exif if kind == "TIFF" else exif.tobytes()
+    try:
+        options |= {"exif": exif if kind == "TIFF" and exif.tobytes() else exif.tobytes()} if exif else {}
+    except Exception:  # a text where a number belongs, say
+        lost.append("without its EXIF data, which are damaged")
+    if kind != "JPEG" and options.pop("extra", None):
+        lost.append("without its IPTC data")
     for name in ("exif", "xmp"):
         if kind == "JPEG" and len(options.get(name, b"")) > 65500:
             del options[name]
@@ -3104,7 +3148,8 @@ def write_scan(path: str | Path, scan: Scan, pixels: np.ndarray) -> list[str]:
     if sixteen and kind == "TIFF":  # to Pillow, which knows 16 bits in grey only, twice as many pixels of 8
         pixels = np.ascontiguousarray(pixels, "<u2").view(np.uint8).reshape(height, 2 * width, channels)
     elif sixteen:
-        content = cv2.imencode(".png", pixels if channels < 3 else pixels[..., [2, 1, 0, 3][:channels]])[1].tobytes()
+        layers = [(0,), (0, 0, 0, 1), (2, 1, 0), (2, 1, 0, 3)][channels - 1]  # OpenCV knows no grey with opacity
+        content = cv2.imencode(".png", pixels[..., list(layers)])[1].tobytes()
         pixels = np.zeros((1, 1, channels), np.uint8)
     image = as_picture(pixels)
     image = image.convert("RGBA") if image.mode == "LA" and kind == "BMP" else image
@@ -3169,7 +3214,7 @@ def restore_image_gan(
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     mask = None if mask is None else Path(mask).expanduser()
     for what, path in (("original", source), ("mask", mask)):
-        if path and destination.resolve() == path.resolve():
+        if path and destination.exists() and path.exists() and destination.samefile(path):
             raise ValueError(f"{destination}: the {what} would be overwritten; choose another name for the result")
     if destination.suffix.lower() not in writable_suffixes():
         raise ValueError(f"{destination}: choose a name ending in one of {', '.join(sorted(writable_suffixes()))}")
@@ -3197,6 +3242,8 @@ def plan_folder(
     """
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder")
+    if destination.exists() and not destination.is_dir():
+        raise ValueError(f"{destination} is a file: name a folder for the results of a folder")
     here, there = source.resolve(), destination.resolve()
     if here.is_relative_to(there) or there.is_relative_to(here):
         raise ValueError(
@@ -3207,8 +3254,14 @@ def plan_folder(
     if not names and not left_out:
         raise FileNotFoundError(f"no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {source} or its subfolders")
     pairs = [(source / name, (destination / name).with_suffix(suffix or Path(name).suffix)) for name in names]
-    count = Counter(str(target).lower() for _, target in pairs)  # some systems do not tell a.JPG from a.jpg
-    if clash := [path.relative_to(source).as_posix() for path, target in pairs if count[str(target).lower()] > 1]:
+    pairs = [
+        (path, target) for path, target in pairs if not path.name.startswith((SHEETS, REPORT))
+    ]  # of an earlier run
+    count = Counter(str(target).lower() if suffix else target for _, target in pairs)  # to some systems, a.JPG is a.jpg
+    if inside := [path.name for path, target in pairs if target.resolve().is_relative_to(here)]:
+        raise ValueError(f"{inside[0]}: by a link its result would go to {source}, where the originals are")
+    names = [path.relative_to(source).as_posix() for path, target in pairs]
+    if clash := [n for n, (_, target) in zip(names, pairs) if count[str(target).lower() if suffix else target] > 1]:
         raise ValueError(f"{', '.join(clash[:6])}: some would get the same name; rename them, or leave out --format")
     return pairs, [RestoredFile(name, remark=reason, done=False) for name, reason in left_out.items()]
 
@@ -3302,22 +3355,26 @@ def restore_folder(
     def restore(path: Path, target: Path, tally: Tally) -> RestoredFile:
         try:
             report, _ = restore_file(path, target, generator, fill, None, keep_tone, tally)
-        except (ValueError, MemoryError) as error:
-            return RestoredFile(names[path], remark=str(error), done=False)
+        except OSError:  # cannot be written, or is to stop
+            raise
+        except Exception as error:  # one file stops no other, whatever is in it
+            return RestoredFile(names[path], remark=str(error) or repr(error), done=False)
         return report._replace(file=names[path])
 
     with alone_in(destination), evaluating(generator):
-        rest = [(path, target) for path, target in pairs if overwrite or not target.exists()]
+        rest = [(path, target) for path, target in pairs if overwrite or not target.is_file()]
         there = [RestoredFile(names[path], remark="was there already") for path in names.keys() - dict(rest).keys()]
-        rows = {report.file: _report_row(report) for report in there} | _read_report(destination / REPORT)
-        reports = [*there]
-        for report in itertools.chain(unread, _in_threads(rest, restore, fill)):
-            reports.append(report)
-            rows[report.file] = _report_row(report)
-            _write_report(destination / REPORT, [rows[file] for file in rows.keys() & names.values() | {report.file}])
-        if any(report.done for report in reports[len(there) :]):
-            write_sheets([(path, target) for path, target in pairs if target.exists()], destination)
-    return sorted(reports)
+        earlier = {file: row for file, row in _read_report(destination / REPORT).items() if row[5] == "yes"}
+        reports = {report.file: report for report in [*unread, *there]}
+        rows = {file: _report_row(report) for file, report in reports.items()}
+        rows |= {report.file: earlier[report.file] for report in there if report.file in earlier}
+        _write_report(destination / REPORT, rows.values())
+        for report in _in_threads(rest, restore, fill):
+            reports[report.file], rows[report.file] = report, _report_row(report)
+            _write_report(destination / REPORT, rows.values())
+        if any(reports[names[path]].done for path, _ in rest) or not (destination / f"{SHEETS}_01.jpg").exists():
+            write_sheets([(path, target) for path, target in pairs if target.is_file()], destination)
+    return sorted(reports.values())
 
 
 TILE, PAIRS_ON_A_SHEET = 240, 20  # px of a picture on a sheet
@@ -3358,7 +3415,7 @@ def write_sheets(pairs: Sequence[tuple[Path, Path]], folder: Path) -> list[Path]
     font, sheets = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 16), []
 
     def draw(pair: tuple[Path, Path]) -> np.ndarray:
-        with contextlib.suppress(ValueError):  # a file that somebody put there
+        with contextlib.suppress(Exception):  # a file that somebody put there, a picture one pixel wide
             return before_and_after(*pair)
         return np.full((TILE, 4 * TILE, 3), 255, np.uint8)
 
@@ -3520,8 +3577,10 @@ def write_page(path: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
     """One HTML page with a `compare_slider` for each pair of (original, restored) files; it needs no other file."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as page:
         page.write(PAGE)
-        for source, restored in pairs:
-            page.write(compare_slider(*(read_scan(file).photo() for file in (source, restored)), restored.name))
+        for number, (source, restored) in enumerate(pairs, 1):
+            with contextlib.suppress(ValueError):  # a file that somebody put there
+                photos = (read_scan(file).photo() for file in (source, restored))
+                page.write(compare_slider(*photos, f"{number}. {restored.name}"))
 
 
 # ====== Command line ==================================================================================================
@@ -3616,6 +3675,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--format {options.format}: choose one of {', '.join(sorted(writable_suffixes()))}")
         if options.sure is not None and not 0 < options.sure < 1:
             raise ValueError(f"--sure {options.sure}: must lie between 0 and 1")
+        if not options.source.exists():
+            raise FileNotFoundError(f"{options.source}: no such file or folder")
         weights = options.weights or find_weights(find_places())
         generator = load_generator(weights, options.device or choose_device())
         generator.sure = options.sure or generator.sure
@@ -3633,7 +3694,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; what is done is kept, and the same command goes on", file=sys.stderr)
         return 130
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
