@@ -655,15 +655,17 @@ def test_whatever_is_left_out_of_a_folder_is_listed_with_its_reason(tmp_path, mo
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", closed)
+    readable = ru.readable_suffixes() - {".heic"}  # wherever pillow-heif is installed
+    monkeypatch.setattr(ru, "readable_suffixes", lambda: readable)
     faces = folder_of(tmp_path, {"one.heic": b"?", "two.HEIC": b"?", "notes.txt": b"?", "caf\udce9.jpg": good})
     assert faces.names == ["a.jfif", "b.jpe", "c.mpo", "good.jpg"]
     report = str(ru.degrade_folder(faces, tmp_path / "d", TINY))
     for line in (
         "closed: Permission denied",
-        "one.heic: .heic is not read here; convert it to JPEG",
-        "two.HEIC: .heic is not read here; convert it to JPEG",
+        "one.heic: .heic is not read here; convert it to JPEG, or: pip install pillow-heif",
+        "two.HEIC: .heic is not read here; convert it to JPEG, or: pip install pillow-heif",
         "caf\\udce9.jpg: its name is not Unicode; rename it",
-        "link: a link to a folder, not followed; set FACES_DIR to where it leads",
+        "link: a link to a folder, not followed; name the folder to which it leads",
         "itself.jpg: not a file",
         "pipe.jpg: not a file",
         "good_color.jpg: taken for a degraded copy of good; rename it if it is none",
