@@ -1,6 +1,7 @@
 """Face and old-photo restoration: the one helper module of the six notebooks.
 
-Read it from top to bottom beside the notebooks; every section calls only what stands above it, but for the appendix:
+Read it from top to bottom beside the notebooks; every section calls only what stands above it, but
+for the appendix:
 
     settings and places, files              all notebooks
     faces, degradation, ageing              01
@@ -9,11 +10,12 @@ Read it from top to bottom beside the notebooks; every section calls only what s
     checkpoints, training, pretraining      04
     GAN training                            05
     restoration                             06
-    figures                                 02 to 06
+    figures                                 all notebooks
     appendix: synthetic portraits, scenes   01
 
-Conventions: image files and the degradations hold uint8 BGR arrays (H, W, 3), as OpenCV does; networks see float RGB
-tensors (N, 3, 256, 256) in [-1, 1]. Importing this module has no side effects.
+Conventions: image files and the degradations hold uint8 BGR arrays (H, W, 3), as OpenCV does;
+networks see float RGB tensors (N, 3, 256, 256) in [-1, 1]. Importing this module has no side
+effects.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import ctypes
 import functools
 import hashlib
 import html
+import inspect
 import io
 import itertools
 import json
@@ -35,6 +38,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -67,7 +71,7 @@ from torch.utils.data import DataLoader, Dataset, random_split
 from torchvision import transforms
 from torchvision.utils import save_image
 
-# ====== Settings and places ===========================================================================================
+# ====== Settings and places =======================================================================
 
 IMAGE_SIZE = 256  # px, what the networks see: eight halvings take it to 1
 KINDS = ("noisy", "color", "occluded", "aged")  # of degradation; their files end in _noisy.jpg and so on
@@ -75,7 +79,10 @@ KINDS = ("noisy", "color", "occluded", "aged")  # of degradation; their files en
 
 @dataclass(frozen=True)
 class Settings:
-    """Every number of the project, once, with its unit. Change one with `dataclasses.replace(settings, name=value)`."""
+    """Every number of the project, once, with its unit.
+
+    Change one with `dataclasses.replace(settings, name=value)`.
+    """
 
     profile: str = "full"
     seed: int = 2024  # of the degradations, the split, the weights and the order of the batches
@@ -117,7 +124,7 @@ class Settings:
     ema: float = 0.99  # highest decay of the average of the weights that is validated and saved
     lr_gamma: float = 0.1  # StepLR's factor
     sample_every: int = 1  # epochs
-    sample_faces: int = 2  # validation faces in every sample image, each in all kinds
+    sample_faces: int = 3  # validation faces in every sample image, each in all kinds
 
     # step 4, pretraining
     pretrain_epochs: int = 10
@@ -158,14 +165,15 @@ PROFILES = {
     "long": Settings("long", max_faces=400, portraits=400, portrait_size=512, scenes=240, **LONG),
     "smoke": Settings("smoke", max_faces=12, portraits=12, portrait_size=128, scenes=2, windows=1, **TINY),
 }
-# The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew, the pair as it is.
+# The recipe as commonly written, to compare with: instance norm, dropout, every pixel drawn anew,
+# the pair as it is.
 PLAIN = {"plain": True, "heads_weight": 0.0, "color_lessons": 0, "grain_lessons": 0, "ema": 0.0, "shift": 0}
 PLAIN |= {"kinds": KINDS[:3], "scenes": 0, "windows": 0, "undamaged": False}
 VARIABLES = tuple(f"RESTORATION_{name}" for name in ("PROFILE", "PLAIN", "STRICT", "FACES"))
 
 
 def is_on(variable: str) -> bool:
-    """Whether an environment variable is 1; unset, empty or 0 is off. ValueError for anything else."""
+    """Whether an environment variable is 1; unset, empty or 0: off. ValueError for all else."""
     value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
         raise ValueError(f"{variable} is {value!r}; set it to 1 or leave it out")
@@ -173,9 +181,11 @@ def is_on(variable: str) -> bool:
 
 
 def choose_settings(device: torch.device) -> Settings:
-    """The profile of RESTORATION_PROFILE, else `full` on a GPU and `quick` on a CPU; RESTORATION_PLAIN=1: see PLAIN.
+    """The profile of RESTORATION_PROFILE, else `full` on a GPU and `quick` on a CPU;
+    RESTORATION_PLAIN=1: see PLAIN.
 
-    ValueError for another profile, or another variable RESTORATION_*: misspelt, it would be ignored in silence.
+    ValueError for another profile, or another variable RESTORATION_*: misspelt, it would be ignored
+    in silence.
     """
     if unknown := {name for name in os.environ if name.startswith("RESTORATION_")} - set(VARIABLES):
         raise ValueError(f"no such variable: {', '.join(sorted(unknown))}; there are {', '.join(VARIABLES)}")
@@ -186,7 +196,7 @@ def choose_settings(device: torch.device) -> Settings:
 
 
 class Places(NamedTuple):
-    """Where things live: what is written (`outputs`, `degraded`) and, on Kaggle, what is attached (read-only)."""
+    """Where things live: written (`outputs`, `degraded`) and, on Kaggle, attached (read-only)."""
 
     platform: str
     outputs: Path
@@ -195,12 +205,15 @@ class Places(NamedTuple):
 
 
 def given_path(text: str) -> Path:
-    """A path that a user gave, absolute; a relative one counts from this module's folder, wherever a notebook runs."""
+    """A path that a user gave, absolute; a relative one always counts from this module's folder."""
     return (Path(__file__).resolve().parent / Path(text).expanduser()).resolve()
 
 
 def find_places() -> Places:
-    """OUTPUT_DIR, else /kaggle/working on Kaggle, else outputs/ beside this module. OSError if it cannot be written."""
+    """OUTPUT_DIR, else /kaggle/working on Kaggle, else outputs/ beside this module.
+
+    OSError if it cannot be written.
+    """
     above = [parent for begin in (Path.cwd(), Path(__file__).resolve()) for parent in (begin, *begin.parents)]
     candidates = [Path("/kaggle"), *(folder for folder in above if folder.name == "kaggle")]
     kaggle = next((c for c in candidates if (c / "input").is_dir() and (c / "working").is_dir()), None)
@@ -233,7 +246,7 @@ def choose_device() -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next tensors: half of the time that restoring takes on a CPU."""
+    """Tells glibc to keep freed memory for the next tensors: half the restoring time on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # other systems
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap,
@@ -246,12 +259,39 @@ def in_notebook() -> bool:
     return hasattr(ipython, "get_ipython") and hasattr(ipython.get_ipython(), "kernel")
 
 
-def start() -> tuple[Settings, Places, torch.device]:
-    """What every notebook's setup cell calls: settings, places and device, and one line that names them."""
-    if in_notebook():  # as PNG, the many photographs would make notebooks of several megabytes
-        from matplotlib_inline.backend_inline import set_matplotlib_formats
+def image_element(kind: str, content: bytes, text: str) -> str:
+    """An image file's content as an HTML element; `text` says what is to be seen."""
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(text)}" style="max-width:100%" src="data:image/{kind};base64,{data}">'
 
-        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 64, "optimize": True, "progressive": True})
+
+CURVE_COLORS = "tableau-colorblind10"  # Matplotlib's style of that name: for all eyes
+
+
+def show_figures_with_text() -> None:
+    """Figures in notebooks become JPEG images, with their label for those who cannot see them.
+
+    They are HTML (which nbconvert's PDF leaves out): in pages made of notebooks, images of other
+    kinds lose that text.
+    """
+    from IPython import get_ipython
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    def draw(figure: plt.Figure) -> str:
+        content = io.BytesIO()  # as PNG, the many photographs would take several megabytes
+        how = {"quality": 64, "optimize": True, "progressive": True}
+        figure.savefig(content, format="jpeg", dpi=90, bbox_inches="tight", pil_kwargs=how)
+        return image_element("jpeg", content.getvalue(), figure.get_label())
+
+    plt.style.use(CURVE_COLORS)
+    set_matplotlib_formats()  # as nothing else
+    get_ipython().display_formatter.formatters["text/html"].for_type(plt.Figure, draw)
+
+
+def start() -> tuple[Settings, Places, torch.device]:
+    """Every notebook's setup cell calls it: settings, places, device, and a line naming them."""
+    if in_notebook():
+        show_figures_with_text()
     warnings.filterwarnings("ignore", module="PIL")  # about pictures' metadata, in the middle of a progress bar
     keep_freed_memory()
     is_on("RESTORATION_STRICT")  # a wrong value is an error now, not after the training
@@ -266,21 +306,25 @@ def start() -> tuple[Settings, Places, torch.device]:
 
 
 def check(claim: str, holds: bool, settings: Settings) -> None:
-    """Says whether what a notebook's prose promises held in this run. If not, AssertionError in strict runs."""
+    """Says whether what a notebook's prose promises held in this run.
+
+    If not, AssertionError in strict runs.
+    """
     if is_on("RESTORATION_STRICT") and settings.profile != "smoke" and not holds:  # smoke is too short to learn
         raise AssertionError(f"does not hold in this run: {claim}")
     print(f"holds: {claim}" if holds else f"DOES NOT HOLD in this run (profile {settings.profile}): {claim}")
 
 
-# ====== Files =========================================================================================================
+# ====== Files =====================================================================================
 
 PARTIAL = ".partial-"  # how the names of files begin that are not yet whole
 
 
 def derive_seed(*parts: object) -> int:
-    """A 64-bit seed from what it is for: (seed, kind, file name) of a degraded file, (seed, stage, epoch) of an epoch.
+    """A 64-bit seed from what it is for.
 
-    So nothing random depends on the order in which things happen.
+    That is (seed, kind, file name) for a degraded file, (seed, stage, epoch) for an epoch. So
+    nothing random depends on the order in which things happen.
     """
     text = "/".join(str(part).replace("/", "\0") for part in parts)  # ("a/b",) is not ("a", "b")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
@@ -303,7 +347,8 @@ def counted(number: int, noun: str) -> str:
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to, and renames it when that succeeded.
 
-    Whoever reads `path` finds the old file or the whole new one, never half of it. OSError if it cannot be written.
+    Whoever reads `path` finds the old file or the whole new one, never half of it. OSError if it
+    cannot be written.
     """
     temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")  # savefig chooses the format by the suffix
     try:
@@ -320,11 +365,20 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Somebody stopped what can go on; notebooks show its message in place of a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Interrupted: {self}"]
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Only one run at a time gets into this block with a folder; leftovers of a killed one are swept out first.
+    """Only one run at a time gets into this block with a folder; leftovers of a killed one are
+    swept out first.
 
-    The operating system's lock ends with its holder. RuntimeError if another run has it, OSError where there is none.
+    The operating system's lock ends with its holder. RuntimeError if another run has it, OSError
+    where there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -335,12 +389,16 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise RuntimeError(f"another run is writing to {folder}. {remedy}") from error
     except (OSError, NotImplementedError) as error:
         raise OSError(f"{folder} cannot be locked ({error}): set OUTPUT_DIR to one on a local disk") from error
-    with lock:
+    try:
         for leftover in folder.rglob(f"{PARTIAL}*"):
             with contextlib.suppress(OSError):  # what is being written now is younger than a minute
                 if time.time() - leftover.stat().st_mtime > 60:
                     leftover.unlink()
         yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"what is finished is kept in {folder}. Run it again: it goes on") from None
+    finally:
+        lock.release()
 
 
 def copy_file(source: Path, destination: Path) -> None:
@@ -350,14 +408,14 @@ def copy_file(source: Path, destination: Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes `content` as JSON, atomically; what is not finite becomes null, for which JSON has a word."""
+    """Writes `content` as JSON, atomically; what is not finite, which JSON lacks, becomes null."""
     finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(finite, indent=1), encoding="utf-8")
 
 
 class CellLine(io.TextIOBase):
-    """tqdm's newest line, shown in the notebook cell: its own stderr or widgets leave debris in a saved notebook."""
+    """tqdm's newest line in a cell: its stderr or widgets leave debris in a saved notebook."""
 
     def __init__(self) -> None:
         from IPython.display import display
@@ -372,7 +430,7 @@ class CellLine(io.TextIOBase):
 
 
 def progress(label: str, total: int, unit: str, initial: int = 0):
-    """A tqdm bar: one line in a notebook cell, a live bar on a terminal, nothing in a log file or without stderr."""
+    """A tqdm bar: a line in notebook cells, live on a terminal, none in a log or without stderr."""
     from tqdm import tqdm
 
     options = {"disable": sys.stderr is None or not sys.stderr.isatty()}
@@ -382,7 +440,10 @@ def progress(label: str, total: int, unit: str, initial: int = 0):
 
 
 def in_parallel(function: Callable, items: Sequence, label: str = "", unit: str = "", workers: int = 0) -> Iterator:
-    """As `map`, in threads, with a progress bar if it has a label; results do not pile up before they are used."""
+    """As `map`, in threads, with a progress bar if it has a label.
+
+    Results do not pile up before they are used.
+    """
     bar = progress(label, len(items), unit) if label else contextlib.nullcontext()
     with bar, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for first in range(0, len(items), 64):
@@ -401,7 +462,7 @@ MAX_PIXELS = 10**8  # of a picture: degrading takes some 50 bytes for each, rest
 
 
 def readable_suffixes() -> set[str]:
-    """Suffixes of the picture files that can be read here: HEIC and AVIF depend on what is installed."""
+    """Suffixes of picture files readable here: HEIC and AVIF depend on what is installed."""
     with contextlib.suppress(ImportError):
         import pillow_heif
 
@@ -417,10 +478,11 @@ def writable_suffixes() -> set[str]:
 def open_image(path: str | Path) -> Image.Image:
     """The one loader of image files: a PIL image in RGB, EXIF orientation applied.
 
-    16 bits are brought to 8, grey gets three equal channels, transparency is dropped, of an animation the first picture
-    counts. By Pillow, which tells a whole file from a cut one, but for TIFFs, of which OpenCV reads more kinds; the
-    orientation is applied here, so that it is the same for every format and version. ValueError, naming the file, if it
-    cannot be read, is damaged or has over MAX_PIXELS.
+    16 bits are brought to 8, grey gets three equal channels, transparency is dropped, of an
+    animation the first picture counts. By Pillow, which tells a whole file from a cut one, but for
+    TIFFs, of which OpenCV reads more kinds; the orientation is applied here, so that it is the same
+    for every format and version. ValueError, naming the file, if it cannot be read, is damaged or
+    has over MAX_PIXELS.
     """
     readable_suffixes()  # makes Pillow know all its formats
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit is a little lower, and only a warning
@@ -464,7 +526,10 @@ UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, of a file that has been read; damaged EXIF data say nothing, XMP is not asked."""
+    """The EXIF orientation, 1 to 8, of a file that has been read.
+
+    Damaged EXIF data say nothing, XMP is not asked.
+    """
     exif = Image.Exif()
     with contextlib.suppress(Exception):
         if image.format == "TIFF":
@@ -486,12 +551,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_incomplete_jpeg(content: bytes, image: Image.Image) -> bool:
-    """Whether a part of the picture is missing, although it could be decoded (a cut file, filled up or mended).
+    """Whether a part of the picture is missing, although it could be decoded (a cut file, filled up
+    or mended).
 
-    Decoders invent what is missing and say nothing: flat blocks where nothing follows, others from zeros. A picture
-    whose last block of 8 x 8 px is not flat and whose last bytes are not all alike is whole. Else other bytes are put
-    behind the picture's data, where they change nothing if it is whole, and in the place of its last 32, where they do.
-    (Markers: FF DA a scan begins, FF D9 the picture ends, FF C2 progressive: several scans, of which any may be cut.)
+    Decoders invent what is missing and say nothing: flat blocks where nothing follows, others from
+    zeros. A picture whose last block of 8 x 8 px is not flat and whose last bytes are not all alike
+    is whole. Else other bytes are put behind the picture's data, where they change nothing if it is
+    whole, and in the place of its last 32, where they do. (Markers: FF DA a scan begins, FF D9 the
+    picture ends, FF C2 progressive: several scans, of which any may be cut.)
     """
     begin = 2
     while (marker := content[begin : begin + 2]) != b"\xff\xda":  # from segment to segment, to the picture's data
@@ -523,12 +590,14 @@ def to_pil(image: np.ndarray) -> Image.Image:
 
 
 def in_one_tone(image: Image.Image) -> bool | None:
-    """Whether a photograph is in one tone (grey, sepia, or grey with a cast); None if nobody can say.
+    """Whether a photograph is in one tone (grey, sepia, or grey with a cast); None if nobody can
+    say.
 
-    In one tone, colours depend on the brightness only: at 256 px, where grain is gone, R - G and B - G of 95 % of the
-    pixels are within 5 levels of the median at their brightness (more, if the tone is strong), and hardly any far from
-    it: painted cheeks are colour. So it is with a red wall, too, with sand or with the sea: where a picture does not
-    reach from dark to light, or is as colourful as no print turns, it may be either.
+    In one tone, colours depend on the brightness only: at 256 px, where grain is gone, R - G and B
+    - G of 95 % of the pixels are within 5 levels of the median at their brightness (more, if the
+    tone is strong), and hardly any far from it: painted cheeks are colour. So it is with a red
+    wall, too, with sand or with the sea: where a picture does not reach from dark to light, or is
+    as colourful as no print turns, it may be either.
     """
     small = image.resize((min(IMAGE_SIZE, image.width), min(IMAGE_SIZE, image.height)), Image.Resampling.BOX)
     luma = np.asarray(small.convert("L")).ravel()
@@ -557,7 +626,10 @@ def without_tint(image: Image.Image) -> Image.Image:
 
 
 def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpeg_quality, comment: str = "") -> None:
-    """Writes uint8 BGR (H, W, 3) atomically; a .jpg with this quality, full colour resolution (4:4:4) and comment."""
+    """Writes uint8 BGR (H, W, 3) atomically.
+
+    A .jpg gets this quality, full colour resolution (4:4:4) and the comment.
+    """
     path, done = Path(path), False
     suffix = ".jpg" if path.suffix.lower() in JPEG_SUFFIXES else path.suffix
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
@@ -573,7 +645,7 @@ def write_image(path: str | Path, image: np.ndarray, quality: int = Settings.jpe
         temporary.write_bytes(content)
 
 
-# ====== Faces =========================================================================================================
+# ====== Faces =====================================================================================
 
 
 class Faces(NamedTuple):
@@ -592,7 +664,8 @@ class Faces(NamedTuple):
 
 
 def list_images(folder: Path, kinds: Sequence[str] = KINDS) -> tuple[list[str], dict[str, str]]:
-    """All pictures below `folder`, but for hidden files, as sorted relative paths; what was left out, and why.
+    """All pictures below `folder`, but for hidden files, as sorted relative paths; what was left
+    out, and why.
 
     Left out are degraded copies of these `kinds`, too.
     """
@@ -633,7 +706,10 @@ PICTURES_VERSION = 7  # to be raised when draw_portrait or draw_scene paints som
 
 
 def draw_pictures(what: str, count: int, settings: Settings, places: Places) -> list[Path]:
-    """Draws `count` synthetic portraits or scenes (`what`) in a folder of their own; those already there are kept."""
+    """Draws `count` synthetic portraits or scenes (`what`) in a folder of their own.
+
+    Those already there are kept.
+    """
     size, seed = settings.portrait_size, settings.seed
     folder = places.outputs / f"synthetic_{what}s_{count}x{size}px_seed{seed}_v{PICTURES_VERSION}"
     paths = [folder / f"{what}_{index:04d}.jpg" for index in range(count)]
@@ -673,9 +749,11 @@ def _faces_folder(settings: Settings, places: Places) -> tuple[Path, str]:
 
 
 def find_faces(settings: Settings, places: Places) -> Faces:
-    """FACES_DIR, else Kaggle's fakefaces, else (RESTORATION_FACES=kaggle) its download, else synthetic portraits.
+    """FACES_DIR, else Kaggle's fakefaces, else (RESTORATION_FACES=kaggle) its download, else
+    synthetic portraits.
 
-    FileNotFoundError if there are no pictures, ValueError if faces and outputs are in the same folder.
+    FileNotFoundError if there are no pictures, ValueError if faces and outputs are in the same
+    folder.
     """
     folder, source = _faces_folder(settings, places)
     names, left_out = list_images(folder)
@@ -694,33 +772,45 @@ def find_faces(settings: Settings, places: Places) -> Faces:
     return Faces(folder, source, used, left_out, draw_pictures("scene", settings.scenes, settings, places))
 
 
-# ====== Degradation ===================================================================================================
+# ====== Degradation ===============================================================================
 
 
-def add_gaussian_noise(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
-    """Adds Gaussian noise of mean 0 and standard deviation 25 (of 255), drawn for every pixel and channel.
+def add_gaussian_noise(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    settings: Settings = FULL,
+) -> np.ndarray:
+    """Adds Gaussian noise of mean 0 and standard deviation 25 (of 255) to every pixel and channel.
 
-    uint8 (H, W, 3) in and out; the input is not changed. OpenCV draws the noise, in whole numbers, several times as
-    fast as NumPy, from a seed that `rng` gives: its random state is the thread's own.
+    uint8 (H, W, 3) in and out; the input is not changed. OpenCV draws the noise, in whole numbers,
+    several times as fast as NumPy, from a seed that `rng` gives: its random state is the thread's
+    own.
     """
     grain = np.empty((image.shape[0], image[0].size), np.int16)
     cv2.setRNGSeed(int(rng.integers(-(2**31), 2**31)))
     cv2.randn(grain, 0, settings.noise_sigma)
-    return cv2.add(image, grain.reshape(image.shape), dtype=cv2.CV_8U)  # clips; a bare sum would wrap 256 round to 0
+    # cv2.add clips; a bare sum would wrap 256 round to 0
+    return cv2.add(image, grain.reshape(image.shape), dtype=cv2.CV_8U)
 
 
-def distort_colors(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
-    """Fades the colours: multiplies S and V of HSV by one random factor each, drawn from the given ranges.
+def distort_colors(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    settings: Settings = FULL,
+) -> np.ndarray:
+    """Fades the colours: multiplies S and V of HSV by one random factor each.
 
-    uint8 BGR (H, W, 3) in and out; the input is not changed. Hue stays, V is clipped at its maximum. Written
-    without a detour through HSV, which takes twenty times as long: with V the largest of a pixel's channels, a factor s
-    on S turns each channel c into V + s (c - V), and one on V multiplies all three.
+    uint8 BGR (H, W, 3) in and out; the input is not changed. Hue stays, V is clipped at its
+    maximum. Written without a detour through HSV, which takes twenty times as long: with V the
+    largest of a pixel's channels, a factor s on S turns each channel c into V + s (c - V), and one
+    on V multiplies all three.
     """
     s, v = rng.uniform(*settings.saturation), rng.uniform(*settings.value)
     high = functools.reduce(cv2.max, cv2.split(image))  # V
     gain = cv2.LUT(high, np.minimum(v, 255 / np.maximum(np.arange(256), 1)).astype(np.float32))
     high, gain = cv2.merge([high] * 3), cv2.merge([gain] * 3)
-    faded = cv2.addWeighted(image, s, high, 1 - s, 0, dtype=cv2.CV_32F)  # s is below 1: no channel leaves its range
+    # s is below 1: no channel leaves its range
+    faded = cv2.addWeighted(image, s, high, 1 - s, 0, dtype=cv2.CV_32F)
     return cv2.multiply(faded, gain, dtype=cv2.CV_8U)  # rounds
 
 
@@ -735,7 +825,7 @@ def unit_vector(angle: np.ndarray | float) -> np.ndarray:
 
 
 def _polygons(shape: Sequence[int], rng: np.random.Generator, settings: Settings) -> list[np.ndarray]:
-    """Corner points, int32 (vertices, 2) as x and y, of random star-shaped polygons inside an image of `shape`."""
+    """Corners, int32 (vertices, 2) as x, y, of random star-shaped polygons inside `shape`."""
     height, width = shape[:2]
     polygons = []
     for _ in range(settings.polygons):
@@ -750,45 +840,59 @@ def _polygons(shape: Sequence[int], rng: np.random.Generator, settings: Settings
     return polygons
 
 
-def occlude_irregular(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
-    """Covers 3 random polygons of 6 to 10 vertices with black, white or random noise, one choice per polygon.
+def occlude_irregular(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    settings: Settings = FULL,
+) -> np.ndarray:
+    """Covers 3 random polygons of 6 to 10 vertices, each with black, white or random noise.
 
-    uint8 (H, W, 3) in and out; the input is not changed. A polygon reaches 80 to 200 px across in a 1024 px image and
-    scales with min(H, W).
+    uint8 (H, W, 3) in and out; the input is not changed. A polygon reaches 80 to 200 px across in a
+    1024 px image and scales with min(H, W).
     """
     occluded = image.copy()
     for polygon in _polygons(image.shape, rng, settings):
         inside = cv2.fillPoly(np.zeros(image.shape[:2], np.uint8), [polygon], 1).astype(bool)
         paint = ("black", "white", "noise")[rng.integers(3)]
         if paint == "noise":
-            occluded[inside] = rng.integers(0, 256, (np.count_nonzero(inside), image.shape[2]), dtype=np.uint8)
+            covered = np.count_nonzero(inside), image.shape[2]
+            occluded[inside] = rng.integers(0, 256, covered, dtype=np.uint8)
         else:
             occluded[inside] = 255 if paint == "white" else 0
     return occluded
 
 
-def occlusion_mask(shape: Sequence[int], rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
-    """What `occlude_irregular` covers in an image of `shape` from the same generator state: uint8 (H, W), 255 inside.
+def occlusion_mask(
+    shape: Sequence[int],
+    rng: np.random.Generator,
+    settings: Settings = FULL,
+) -> np.ndarray:
+    """What `occlude_irregular` covers from the same generator state: uint8 (H, W), 255 inside.
 
     Masks are drawn again from the seed; `store_images` keeps them at the networks' size.
     """
     mask = np.zeros(tuple(shape[:2]), np.uint8)
-    for polygon in _polygons(shape, rng, settings):  # one at a time: together, fillPoly would leave overlaps open
+    # one at a time: together, fillPoly would leave overlaps open
+    for polygon in _polygons(shape, rng, settings):
         cv2.fillPoly(mask, [polygon], 255)
     return mask
 
 
-# ====== Ageing ========================================================================================================
+# ====== Ageing ====================================================================================
 
-# What fifty years do to a print. Lengths are in thousandths of the shorter side, so a
-# photograph ages alike at every size. The list of faults follows Wan et al. 2020 (old photos brought back to life), the
-# fading of dyes Wilhelm 1993 (each at its own rate), the shape of scratches Kokaram 1998.
+# What fifty years do to a print. Lengths are in thousandths of the shorter side, so a photograph
+# ages alike at every size. The list of faults follows Wan et al. 2020 (old photos brought back to
+# life), the fading of dyes Wilhelm 1993 (each at its own rate), the shape of scratches Kokaram
+# 1998.
 
 BLACK_AND_WHITE = 0.45  # of aged photographs
 
 
 def jagged_line(start: np.ndarray, end: np.ndarray, rng: np.random.Generator, rough: float) -> np.ndarray:
-    """A line from `start` to `end`, (points, 2), bent by midpoints moved sideways by about `rough` of its length."""
+    """A line from `start` to `end`, (points, 2), bent by midpoints moved sideways.
+
+    They move by about `rough` of its length.
+    """
     points = np.array([start, end], np.float64)
     for _ in range(6):
         step = np.diff(points, axis=0)
@@ -799,7 +903,7 @@ def jagged_line(start: np.ndarray, end: np.ndarray, rng: np.random.Generator, ro
 
 
 def _draw_line(canvas: np.ndarray, points: np.ndarray, opacity: float, thickness: float) -> None:
-    """A smooth-edged line, which does not weaken what is there; thinner than a pixel it is fainter instead."""
+    """A smooth-edged line that never weakens what is there; thinner than a pixel, it is fainter."""
     strength, width = int(255 * opacity * min(1, max(thickness, 0.35))), max(1, round(thickness))
     low, high = np.clip((points.min(0) - width, points.max(0) + width + 1), 0, canvas.shape[::-1]).astype(int)
     part = canvas[low[1] : high[1], low[0] : high[0]]
@@ -825,7 +929,10 @@ def _draw_scratches(canvas: np.ndarray, rng: np.random.Generator, unit: float) -
 
 
 def _draw_cracks(light: np.ndarray, dark: np.ndarray, rng: np.random.Generator, unit: float) -> None:
-    """Folds from edge to edge and cracks that branch: a light core, where the emulsion is gone, beside a dark flank."""
+    """Folds from edge to edge and cracks that branch: a light core beside a dark flank.
+
+    In the core the emulsion is gone.
+    """
     size = np.array(light.shape[::-1])
     todo = []
     for _ in range(rng.integers(1, 4)):
@@ -893,9 +1000,11 @@ def _draw_tears(canvas: np.ndarray, rng: np.random.Generator, unit: float) -> No
 
 
 def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> list[tuple[np.ndarray, tuple[float, ...]]]:
-    """What hands do to a print of `shape`: dust, scratches, cracks, torn corners, some of them or all.
+    """What hands do to a print of `shape`: dust, scratches, cracks, torn corners, some of them or
+    all.
 
-    Pairs, the last one lying on top: how far each pixel is covered, uint8 (H, W), 255 is wholly, and the colour, BGR.
+    Pairs, the last one lying on top: how far each pixel is covered, uint8 (H, W), 255 is wholly,
+    and the colour, BGR.
     """
     rng = np.random.default_rng(rng.integers(2**63))  # of its own: what is drawn later does not depend on the size
     unit, care = min(shape[:2]) / 1000, rng.uniform(0.3, 1.1)
@@ -917,7 +1026,10 @@ def draw_damage(shape: Sequence[int], rng: np.random.Generator) -> list[tuple[np
 
 
 def damage_mask(shape: Sequence[int], rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
-    """What `age_photo` damages physically in an image of `shape`, from the same generator state: uint8 (H, W)."""
+    """What `age_photo` damages physically in an image of `shape`: uint8 (H, W).
+
+    From the same generator state.
+    """
     covered = functools.reduce(cv2.max, (cover for cover, _ in draw_damage(shape, rng)))
     return cv2.threshold(covered, 50, 255, cv2.THRESH_BINARY)[1]
 
@@ -928,7 +1040,10 @@ def draw_tone(rng: np.random.Generator) -> float:
 
 
 def is_black_and_white(rng: np.random.Generator) -> bool:
-    """Whether `age_photo` makes a black-and-white print from this generator state: only grey can then come back."""
+    """Whether `age_photo` makes a black-and-white print from this generator state.
+
+    Only grey can then come back.
+    """
     rng.integers(2**63)  # for `draw_damage`
     return draw_tone(rng) >= 0
 
@@ -939,27 +1054,31 @@ def to_grey(image: np.ndarray) -> np.ndarray:
 
 
 def fade(image: np.ndarray, rng: np.random.Generator, tone: float) -> np.ndarray:
-    """Fades the dyes or the silver of a print, and yellows its paper, for every channel by a curve of its own.
+    """Fades the dyes or the silver of a print, and yellows its paper, in every channel differently.
 
-    uint8 BGR (H, W, 3) in and out. What holds the colour is a density D, which light passes as 10 ** -D (Beer's law),
-    2 in the blacks of a print. Of that each dye keeps a share of its own (Wilhelm 1993), and the paper gains some: so
-    blacks get lighter, contrast and colours go, whites get dull. With a `tone` from 0 to 1 (sepia), the image is grey,
-    its dyes are one substance, silver, and turn brown so far; -1: it is in colour.
+    uint8 BGR (H, W, 3) in and out. What holds the colour is a density D, which light passes as
+    10 ** -D (Beer's law), 2 in the blacks of a print. Of that each dye keeps a share of its own
+    (Wilhelm 1993), and the paper gains some: so blacks get lighter, contrast and colours go, whites
+    get dull. With a `tone` from 0 to 1 (sepia), the image is grey, its dyes are one substance,
+    silver, and turn brown so far; -1: it is in colour.
     """
     severity = rng.uniform(0.4, 1)
     kept = (1 - severity * (rng.uniform(0.2, 0.8) + rng.uniform(-0.25, 0.25, 3))).clip(0.35, 1)
-    stain = severity * (rng.uniform(0, 0.2) + rng.uniform(0, 0.3) * np.array((1, 0.4, 0.1)))  # of the paper: yellow
+    # of the paper: yellow
+    stain = severity * (rng.uniform(0, 0.2) + rng.uniform(0, 0.3) * np.array((1, 0.4, 0.1)))
     if tone >= 0:
-        kept, stain = kept.mean() * (1 + tone * np.array((0.2, 0, -0.15))), stain + tone * np.array((0.15, 0.05, 0))
+        kept = kept.mean() * (1 + tone * np.array((0.2, 0, -0.15)))
+        stain = stain + tone * np.array((0.15, 0.05, 0))
     black = 0.01  # of the light, comes back where D is 2
-    light = black + (1 - black) * (np.arange(256)[:, None] / 255) ** 2.2  # (256, 1), of linear light
+    linear = (np.arange(256)[:, None] / 255) ** 2.2  # (256, 1)
+    light = black + (1 - black) * linear
     light = light**kept * 10**-stain  # (256, 3)
     curves = ((light - black) / (1 - black)).clip(0, 1) ** (1 / 2.2)
     return cv2.LUT(image, np.rint(255 * curves).astype(np.uint8)[None])
 
 
 def uneven_light(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """How much of its light a print has kept, float32 (H, W): paler patches, darker or lighter edges, stains."""
+    """How much of its light a print kept, float32 (H, W): paler patches, odd edges, stains."""
     severity, clouds = rng.uniform(0, 1), rng.standard_normal((4, 4), np.float32)
     field = 1 + 0.08 * severity * cv2.resize(clouds, (48, 48), interpolation=cv2.INTER_CUBIC)
     y, x = np.mgrid[-1:1:48j, -1:1:48j].astype(np.float32)
@@ -980,7 +1099,8 @@ def uneven_light(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
 
 
 def film_grain(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Grain in luminance, in grey levels, float32 (H, W): of about 1 to 14 levels, its clumps of 1 to 2.5 px.
+    """Grain in luminance, in grey levels, float32 (H, W): of about 1 to 14 levels, its clumps of 1
+    to 2.5 px.
 
     In pictures of over 1000 px, thousandths of the shorter side.
     """
@@ -993,8 +1113,8 @@ def film_grain(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
 
 
 def age_untouched(image: np.ndarray, rng: np.random.Generator, tone: float) -> np.ndarray:
-    """What becomes of a print that nobody touches: the lens and the paper (blur, `draw_tone`), the years (fading,
-    uneven light, stains), grain. uint8 BGR (H, W, 3) in and out.
+    """What becomes of a print that nobody touches: the lens and the paper (blur, `draw_tone`), the
+    years (fading, uneven light, stains), grain. uint8 BGR (H, W, 3) in and out.
     """
     image = image if tone < 0 else to_grey(image)
     if (lens := rng.uniform(0, 1.6) * min(image.shape[:2]) / 1000) > 0.3:
@@ -1007,10 +1127,11 @@ def age_untouched(image: np.ndarray, rng: np.random.Generator, tone: float) -> n
 
 
 def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = FULL) -> np.ndarray:
-    """Ages a photograph by some fifty years. uint8 BGR (H, W, 3) in and out; the input is not changed.
+    """Ages a photograph by some fifty years.
 
-    The lens, the paper, the years and the grain (`age_untouched`), the hands (dust, scratches, cracks, tears), the
-    scanner (blur, JPEG). `damage_mask` redraws what the hands did, `is_black_and_white` says whether the truth is the
+    uint8 BGR (H, W, 3) in and out; the input is not changed. The lens, the paper, the years and the
+    grain (`age_untouched`), the hands (dust, scratches, cracks, tears), the scanner (blur, JPEG).
+    `damage_mask` redraws what the hands did, `is_black_and_white` says whether the truth is the
     grey photograph.
     """
     damage = draw_damage(image.shape, rng)
@@ -1024,10 +1145,11 @@ def age_photo(image: np.ndarray, rng: np.random.Generator, settings: Settings = 
         aged[rows, columns] = marked.clip(0, 255) + 0.5
     if scanner > 0.3:
         aged = cv2.GaussianBlur(aged, (0, 0), scanner)
-    return cv2.imdecode(cv2.imencode(".jpg", aged, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+    _, jpeg = cv2.imencode(".jpg", aged, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.imdecode(jpeg, cv2.IMREAD_COLOR)
 
 
-# ====== Degraded folders ==============================================================================================
+# ====== Degraded folders ==========================================================================
 
 DEGRADATIONS = {"noisy": add_gaussian_noise, "color": distort_colors, "occluded": occlude_irregular, "aged": age_photo}
 MASKS = {"occluded": occlusion_mask, "aged": damage_mask}  # of what is physically damaged, for the kinds that have it
@@ -1040,7 +1162,7 @@ def degrade(image: np.ndarray, kind: str, rng: np.random.Generator, settings: Se
 
 @functools.cache
 def degradation_id(settings: Settings) -> str:
-    """A fingerprint of what the degradations make of a test card: files of older code or libraries are known."""
+    """A fingerprint of a degraded test card: it gives away files of older code or libraries."""
     card = (np.arange(400 * 480 * 3) % 251).astype(np.uint8).reshape(400, 480, 3)
     draws = [functools.partial(DEGRADATIONS[kind], card) for kind in settings.kinds]
     draws += [functools.partial(MASKS[kind], card.shape) for kind in settings.kinds if kind in MASKS]
@@ -1073,25 +1195,25 @@ class Pair(NamedTuple):
         return derive_seed(settings.seed, self.kind, self.name)
 
     def mask(self, shape: Sequence[int], settings: Settings) -> np.ndarray:
-        """What is physically damaged, drawn again: uint8 (H, W), 255 there, for a picture of `shape`."""
+        """What is physically damaged, drawn again: uint8 (H, W) for `shape`, 255 there."""
         if self.kind not in MASKS:
             return np.zeros(tuple(shape[:2]), np.uint8)
         return MASKS[self.kind](shape, np.random.default_rng(self.seed(settings)), settings)
 
     def comment(self, settings: Settings) -> str:
-        """What the degraded file says in its JPEG comment: which code, settings and original made it."""
+        """The degraded file's JPEG comment: which code, settings and original made it."""
         made_by = fingerprint(degradation_id(settings), self.kind, self.name, self.content)
         return f"degraded by restoration_utils, {made_by}"
 
     def is_done(self, settings: Settings) -> bool:
-        """Whether the degraded file is there and was made of this very original, as it would be made now."""
+        """Whether the degraded file is there, made of this very original, as it would be now."""
         with contextlib.suppress(OSError), Image.open(self.degraded) as image:
             return image.info.get("comment") == self.comment(settings).encode()
         return False
 
 
 def plan_pairs(faces: Faces, copies: Path, settings: Settings) -> list[Pair]:
-    """The pairs of all originals, the kinds of one side by side; every original is read for its fingerprint."""
+    """All originals' pairs, the kinds of one side by side; reads each for its fingerprint."""
 
     def content_of(path: Path) -> str:
         with contextlib.suppress(OSError):
@@ -1110,7 +1232,10 @@ def plan_pairs(faces: Faces, copies: Path, settings: Settings) -> list[Pair]:
 
 
 def _check_space(originals: Sequence[Path], folder: Path, settings: Settings) -> None:
-    """OSError before the work begins if the degraded images will not fit on the disk, judging by some originals."""
+    """OSError before the work begins if the degraded images will not fit on the disk.
+
+    That is judged by some originals.
+    """
     pixels = []  # a noisy one takes about 1.7 bytes of JPEG for each, the others 0.5
     for path in originals[:: max(1, len(originals) // 50)]:
         with contextlib.suppress(Exception), Image.open(path) as image:
@@ -1126,7 +1251,7 @@ def _check_space(originals: Sequence[Path], folder: Path, settings: Settings) ->
 
 
 class DegradeReport(NamedTuple):
-    """What `degrade_folder` did: originals degraded now, those found done, what was left out and why; the pairs."""
+    """What `degrade_folder` did: degraded now, found done, left out and why; and the pairs."""
 
     made: int
     kept: int
@@ -1145,8 +1270,9 @@ def degrade_folder(
 ) -> DegradeReport:
     """Writes the degraded versions of every original to `folder`, in parallel.
 
-    Every file says in its JPEG comment what made it; what is there and right is not made again. OSError if the disk is
-    too full, ValueError if no original can be read, RuntimeError if another run is writing to the folder.
+    Every file says in its JPEG comment what made it; what is there and right is not made again.
+    OSError if the disk is too full, ValueError if no original can be read, RuntimeError if another
+    run is writing to the folder.
     """
 
     def where_done(pair: Pair) -> Pair:
@@ -1179,11 +1305,11 @@ def degrade_folder(
     return DegradeReport(len(todo) - len(failed), len(originals) - len(todo), {**faces.left_out, **failed}, pairs)
 
 
-# ====== Data ==========================================================================================================
+# ====== Data ======================================================================================
 
 
 def prepare_pairs(faces: Faces, places: Places, settings: Settings) -> list[Pair]:
-    """The pairs of every readable original, degraded first if that has not been done (it says so), and stored."""
+    """The pairs of every readable original, degraded first if need be (it says so), and stored."""
     attached = sorted(places.attached.rglob("fakefaces_degraded")) if places.attached else []  # used where still right
     report = degrade_folder(faces, places.degraded, settings, attached=attached)
     print(f"Degraded images: {report}")
@@ -1196,16 +1322,20 @@ STORE_VERSION = 2  # to be raised when in_one_tone or draw_views do something el
 
 
 def stored_shape(settings: Settings) -> tuple[int, ...]:
-    """Of one original in the store: views (whole, windows), planes (RGB of it and of every kind, masks), 256, 256."""
+    """Of one original in the store: views (whole, windows), planes, 256, 256.
+
+    The planes are RGB of it and of every kind, and the masks.
+    """
     masks = sum(kind in MASKS for kind in settings.kinds)
     return 1 + settings.windows, 3 * (1 + len(settings.kinds)) + masks, IMAGE_SIZE, IMAGE_SIZE
 
 
 def draw_views(size: tuple[int, int], settings: Settings, rng: np.random.Generator) -> list[tuple[float, ...]]:
-    """Which parts of a picture of `size` (width, height) are trained on: boxes (left, top, right, bottom).
+    """Which parts of a picture of `size` (width, height) are trained on: boxes (left, top, right,
+    bottom).
 
-    The whole, and square windows that are 256 px when the picture's shorter side is some size between 256 px and its
-    own, half of them its own: what restoring sees.
+    The whole, and square windows that are 256 px when the picture's shorter side is some size
+    between 256 px and its own, half of them its own: what restoring sees.
     """
     short, views = min(size), [(0.0, 0.0, *map(float, size))]
     for _ in range(settings.windows):
@@ -1217,10 +1347,12 @@ def draw_views(size: tuple[int, int], settings: Settings, rng: np.random.Generat
 
 
 def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> list[Pair]:
-    """Reads all images of the pairs, once and in parallel, into one file in the outputs, and says in each pair where.
+    """Reads all images of the pairs, once and in parallel, into one file in the outputs, and says
+    in each pair where.
 
-    `pairs` as `plan_pairs` has them: the kinds of an original side by side, none missing. The file, an array, uint8
-    (originals, views, planes, 256, 256), is mapped into memory, and may be larger. Its name says what it is made from.
+    `pairs` as `plan_pairs` has them: the kinds of an original side by side, none missing. The file,
+    an array, uint8 (originals, views, planes, 256, 256), is mapped into memory, and may be larger.
+    Its name says what it is made from.
     """
     originals = [list(same) for _, same in itertools.groupby(pairs, lambda pair: pair.name)]
     what = fingerprint(
@@ -1266,12 +1398,15 @@ def store_images(pairs: Sequence[Pair], places: Places, settings: Settings) -> l
 
 
 def faces_id(pairs: Sequence[Pair]) -> str:
-    """A short fingerprint of the faces, names and contents, that every checkpoint made from them carries."""
+    """A short fingerprint of the faces, names and contents, in every checkpoint made from them."""
     return fingerprint(*sorted({(pair.name, pair.content) for pair in pairs if not pair.is_scene}))
 
 
 class Splits(NamedTuple):
-    """The pairs of both stages. The GAN's validation faces are among the pretraining's, so no stage trains on them."""
+    """The pairs of both stages.
+
+    The GAN's validation faces are among the pretraining's, so no stage trains on them.
+    """
 
     pretrain_train: list[Pair]
     pretrain_validation: list[Pair]
@@ -1280,46 +1415,53 @@ class Splits(NamedTuple):
 
 
 def split_pairs(pairs: Sequence[Pair], settings: Settings) -> Splits:
-    """Splits by original, never by file: 80 / 20 % for pretraining, 90 / 10 % for the GAN, nested, seeded.
+    """Splits by original, never by file: 80 / 20 % for pretraining, 90 / 10 % for the GAN, nested.
 
-    Copies of one photograph under several names count as one. One permutation is cut into three: both stages'
-    validation, the pretraining's validation only, both stages' training. To train on, there are scenes and undamaged
-    pairs, too, and the aged ones twice. ValueError for fewer than 2 originals.
+    Seeded. Copies of one photograph under several names count as one. One permutation is cut into
+    three: both stages' validation, the pretraining's validation only, both stages' training. To
+    train on, there are scenes and undamaged pairs, too, and the aged ones twice. ValueError for
+    fewer than 2 originals.
     """
     scenes = [pair for pair in pairs if pair.is_scene]
     pairs = [pair for pair in pairs if not pair.is_scene]
-    contents = list(dict.fromkeys(pair.content for pair in sorted(pairs, key=lambda pair: pair.name)))
+    by_name = sorted(pairs, key=lambda pair: pair.name)
+    contents = list(dict.fromkeys(pair.content for pair in by_name))
     both = max(1, round(settings.gan_validation * len(contents)))
     pretrain = max(both, round(settings.pretrain_validation * len(contents)))
     if pretrain >= len(contents):
-        raise ValueError(
-            f"too few to split: {counted(len(contents), 'original')}; 2 are the least, 200 enough to learn from"
-        )
+        given = counted(len(contents), "original")
+        raise ValueError(f"too few to split: {given}; 2 are the least, 200 enough to learn from")
     sizes = [both, pretrain - both, len(contents) - pretrain]
     thirds = random_split(contents, sizes, torch.Generator().manual_seed(settings.seed))
     third_of = {content: number for number, third in enumerate(thirds) for content in third}
-    final, middle, train = ([pair for pair in pairs if third_of[pair.content] == number] for number in range(3))
+    parts = [[pair for pair in pairs if third_of[pair.content] == part] for part in range(3)]
+    final, middle, train = parts
 
     def to_train_on(faces: list[Pair]) -> list[Pair]:
         chosen = faces + scenes
-        clean = [pair.undamaged() for pair in chosen if pair.kind == settings.kinds[0] and settings.undamaged]
-        return chosen + clean + [pair for pair in chosen if pair.kind == "aged"]  # twice: it has the most to teach
+        once = [pair for pair in chosen if pair.kind == settings.kinds[0]]
+        clean = [pair.undamaged() for pair in once if settings.undamaged]
+        again = [pair for pair in chosen if pair.kind == "aged"]  # they have the most to teach
+        return chosen + clean + again
 
     return Splits(to_train_on(train), final + middle, to_train_on(train + middle), final)
 
 
 def image_transform() -> transforms.Compose:
-    """PIL image to float tensor (3, 256, 256) in [-1, 1]; bilinear with antialiasing, the aspect not kept."""
+    """PIL image to float tensor (3, 256, 256) in [-1, 1]; antialiased bilinear, aspect not kept."""
     resize = transforms.Resize((IMAGE_SIZE, IMAGE_SIZE))
-    return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
+    to_range = transforms.Normalize((0.5,) * 3, (0.5,) * 3)
+    return transforms.Compose([resize, transforms.ToTensor(), to_range])
 
 
 class FaceRestorationGANDataset(Dataset):
-    """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict with the rest.
+    """Pairs of degraded image and original: float RGB (3, 256, 256) in [-1, 1] each, and a dict
+    with the rest.
 
-    That is `kind`, `name`; `hole`, the true mask of what is physically damaged, float (1, 256, 256) in [0, 1];
-    `whole`, all of the degraded photograph at 64 px, float (3, 64, 64). An item is asked for by its index, or to train
-    with by (index, mirrored, view), view 0 being the whole. The pixels, from the store, are those of `image_transform`.
+    That is `kind`, `name`; `hole`, the true mask of what is physically damaged, float (1, 256, 256)
+    in [0, 1]; `whole`, all of the degraded photograph at 64 px, float (3, 64, 64). An item is asked
+    for by its index, or to train with by (index, mirrored, view), view 0 being the whole. The
+    pixels, from the store, are those of `image_transform`.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -1347,7 +1489,7 @@ class FaceRestorationGANDataset(Dataset):
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Networks' images (N, 3, H, W) in [-1, 1] as 8-bit values, uint8 of the same shape, clipped and rounded."""
+    """Networks' images (N, 3, H, W) in [-1, 1] as uint8 of the same shape, clipped and rounded."""
     return ((images.detach().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -1356,7 +1498,8 @@ def make_loader(
 ) -> DataLoader:
     """A loader of (degraded, original, info) batches in the order given, or in that of the pairs.
 
-    With an order, for training, batches are always full, if there are pairs enough for one. ValueError without any.
+    With an order, for training, batches are always full, if there are pairs enough for one.
+    ValueError without any.
     """
     if not pairs:
         raise ValueError("no pairs to load: both training and validation need at least one")
@@ -1366,9 +1509,11 @@ def make_loader(
 
 
 def training_order(length: int, settings: Settings, stage: str, epoch: int) -> list[tuple[int, bool, int]]:
-    """For an epoch, the order of the pairs, whether each is mirrored, and which view of it: (index, mirrored, view).
+    """For an epoch, the order of the pairs, whether each is mirrored, and which view of it: (index,
+    mirrored, view).
 
-    Half of the views are the whole picture. It depends on these arguments only: the same after an interruption.
+    Half of the views are the whole picture. It depends on these arguments only: the same after an
+    interruption.
     """
     rng = np.random.default_rng(derive_seed(settings.seed, stage, epoch))
     order, mirrored = rng.permutation(length), rng.random(length) < settings.flip
@@ -1376,29 +1521,45 @@ def training_order(length: int, settings: Settings, stage: str, epoch: int) -> l
     return list(zip(order.tolist(), mirrored.tolist(), views.tolist()))
 
 
-# ====== Generator =====================================================================================================
+# ====== Generator =================================================================================
 
 
 class EncoderLayer(nn.Sequential):
     """Halves the image: LeakyReLU, convolution 4 x 4 with stride 2, batch norm.
 
-    The first layer has no activation before it and no norm; the last has no norm, since on its 1 x 1 map a batch of one
-    image has no variance. Batch norm, because the other common choice, instance norm, subtracts every image's mean and
-    with it the colour cast that is to be repaired.
+    The first layer has no activation before it and no norm; the last has no norm, since on its map
+    of 1 x 1 a batch of one image has no variance. Batch norm, because the other common choice,
+    instance norm, subtracts every image's mean and with it the colour cast that is to be repaired.
     """
 
-    def __init__(self, inputs: int, outputs: int, norm: type[nn.Module] | None, activation: bool = True) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        norm: type[nn.Module] | None,
+        activation: bool = True,
+    ) -> None:
         layers = [nn.LeakyReLU(0.2)] if activation else []
         layers.append(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=not norm))
         super().__init__(*layers, *([norm(outputs)] if norm else []))
 
 
 class DecoderLayer(nn.Sequential):
-    """Doubles the image: ReLU, transposed convolution 4 x 4 with stride 2, batch norm; dropout in the plain recipe."""
+    """Doubles the image: ReLU, transposed convolution, batch norm; dropout in the plain recipe.
 
-    def __init__(self, inputs: int, outputs: int, norm: type[nn.Module], dropout: float = 0.0) -> None:
+    The convolution is 4 x 4 with stride 2.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        norm: type[nn.Module],
+        dropout: float = 0.0,
+    ) -> None:
         upsample = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
-        super().__init__(nn.ReLU(), upsample, norm(outputs), *([nn.Dropout(dropout)] if dropout else []))
+        last = [nn.Dropout(dropout)] if dropout else []
+        super().__init__(nn.ReLU(), upsample, norm(outputs), *last)
 
 
 def doubtless(probability: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -1409,15 +1570,17 @@ def doubtless(probability: Tensor, low: Tensor | float, high: Tensor | float) ->
 class ColorHead(nn.Module):
     """Estimates how a photograph has faded, from the whole of it, and how sure it is that it has.
 
-    Of two ways: as prints age, by a curve for every channel (black, white, gamma), and by a loss of saturation S and
-    brightness V of HSV. The numbers come from how bright, how saturated and how tinted the picture is where it is so
-    least, most and in between: quantiles at 64 px. Blacks and whites are sought between those that are there and those
-    that could be: how far to stretch a channel is a smaller question than where its black is. Without the certainty,
-    every good picture would be mended a little, too: up to the first probability nothing is done, from the second all.
+    Of two ways: as prints age, by a curve for every channel (black, white, gamma), and by a loss of
+    saturation S and brightness V of HSV. The numbers come from how bright, how saturated and how
+    tinted the picture is where it is so least, most and in between: quantiles at 64 px. Blacks and
+    whites are sought between those that are there and those that could be: how far to stretch a
+    channel is a smaller question than where its black is. Without the certainty, every good picture
+    would be mended a little, too: up to the first probability nothing is done, from the second all.
     """
 
     QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-    DOUBT = ((0.3, 0.6), (0.5, 0.8))  # for saturation and brightness, and for ageing, where a mistake costs more
+    # for saturation and brightness, and for ageing, where a mistake costs more
+    DOUBT = ((0.3, 0.6), (0.5, 0.8))
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
@@ -1428,17 +1591,20 @@ class ColorHead(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, whole: Tensor, doubting: bool = True) -> tuple[Tensor, Tensor]:
-        """Photographs of 64 px, (N, 3, 64, 64) in [-1, 1], to curves for `recolor`, (N, 11), and logits (N, 2).
+        """Photographs of 64 px, (N, 3, 64, 64) in [-1, 1], to curves for `recolor`, (N, 11), and
+        logits (N, 2).
 
         Not `doubting`, to learn, acts as far as it is likely.
         """
         rgb = (whole.float() + 1) / 2
         high, low = rgb.amax(1, keepdim=True), rgb.amin(1, keepdim=True)
         red, green, blue = rgb.split(1, 1)
-        maps = torch.cat([rgb, high, (high - low) / (high + 0.05), red - green, blue - green], 1).flatten(2)
+        saturation = (high - low) / (high + 0.05)
+        maps = torch.cat([rgb, high, saturation, red - green, blue - green], 1).flatten(2)
         ranks = [round(quantile * (maps.shape[2] - 1)) for quantile in self.QUANTILES]
         quantiles = maps.sort(2).values[:, :, ranks]  # (N, 7, 9)
-        with torch.autocast(whole.device.type, enabled=False):  # the whole picture depends on these few numbers
+        # in 32 bits: the whole picture depends on these few numbers
+        with torch.autocast(whole.device.type, enabled=False):
             numbers = self.layers(4 * quantiles.flatten(1) - 2)  # (N, 13)
         faded = 4 * numbers[:, 11:]
         sure = torch.sigmoid(faded)
@@ -1448,22 +1614,29 @@ class ColorHead(nn.Module):
         black = aged * stretch[:, :3] * quantiles[:, :3, 1]
         white = 1 - aged * stretch[:, 3:] * (1 - quantiles[:, :3, -2])
         gamma, gains = 0.9 * torch.tanh(2 * numbers[:, 6:9]), 1.5 * torch.tanh(2 * numbers[:, 9:11])
-        return torch.cat([black, -(white - black).clamp(min=0.1).log(), aged * gamma, pale * gains], 1), faded
+        contrast = -(white - black).clamp(min=0.1).log()
+        return torch.cat([black, contrast, aged * gamma, pale * gains], 1), faded
 
 
 def recolor(images: Tensor, curves: Tensor) -> Tensor:
-    """Images (N, 3, H, W), 0 is half grey, through the curves of ColorHead; not clipped to [-1, 1], but to +-1.25."""
-    black, contrast, gamma = (values[:, :, None, None] for values in curves[:, :9].reshape(-1, 3, 3).unbind(1))
+    """Images (N, 3, H, W), 0 is half grey, through ColorHead's curves.
+
+    They are not clipped to [-1, 1], but to +-1.25.
+    """
+    black, contrast, gamma = curves[:, :9, None, None].reshape(-1, 3, 3, 1, 1).unbind(1)
     value_gain, saturation = curves[:, 9:].exp()[:, :, None, None, None].unbind(1)
     rgb = (((images + 1) / 2 - black) * contrast.exp()).clamp(min=1e-4) ** gamma.exp()
-    value = rgb.amax(1, keepdim=True)  # with V the largest channel, S times s turns each channel c into V + s (c - V)
+    # with V the largest channel, S times s turns each channel c into V + s (c - V)
+    value = rgb.amax(1, keepdim=True)
     return (2 * value_gain * (value + saturation * (rgb - value)) - 1).clamp(-1.25, 1.25)
 
 
 def local_mean(images: Tensor) -> Tensor:
     """The mean of 5 x 5 px around every pixel, of the same shape, mirrored at the edges."""
-    kernel = images.new_full((images.shape[1], 1, 5, 5), 1 / 25)  # avg_pool2d is ten times slower on a CPU
-    with torch.autocast(images.device.type, enabled=False):  # half a grey level counts: not with the 8 bits of bfloat16
+    # avg_pool2d is ten times slower on a CPU
+    kernel = images.new_full((images.shape[1], 1, 5, 5), 1 / 25)
+    # half a grey level counts: not with the 8 bits of bfloat16
+    with torch.autocast(images.device.type, enabled=False):
         return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, groups=images.shape[1])
 
 
@@ -1474,68 +1647,84 @@ def detail_of(images: Tensor) -> Tensor:
 
 def block_levels(detail: Tensor) -> Tensor:
     """Root mean square of `detail`, (N, 3, H, W), in every block of 16 x 16 px, (N, blocks)."""
-    return F.avg_pool2d(detail.square().mean(1, keepdim=True), 16).flatten(1).clamp(min=1e-12).sqrt()
+    power = F.avg_pool2d(detail.square().mean(1, keepdim=True), 16)
+    return power.flatten(1).clamp(min=1e-12).sqrt()
 
 
 def noise_level(blocks: Tensor, quantile: float = 0.1) -> Tensor:
-    """A picture's noise, from its `block_levels`, (N, any number), as their value where it is flattest: (N, 1, 1, 1).
+    """A picture's noise, from its `block_levels`, (N, any number), as their value where it is
+    flattest: (N, 1, 1, 1).
 
-    Where a photograph shows nothing, what is left is its noise (block-based, Olsen 1993). Blocks without even half an
-    8-bit step of it are a border or a hole and do not count; with nothing else the level is 0.
+    Where a photograph shows nothing, what is left is its noise (block-based, Olsen 1993). Blocks
+    without even half an 8-bit step of it are a border or a hole and do not count; with nothing else
+    the level is 0.
     """
     counted = blocks.where(blocks > 0.5 / 127.5, torch.nan)
     return counted.nanquantile(quantile, dim=1).nan_to_num(0.0)[:, None, None, None]
 
 
 def grain_unit(detail: Tensor, level: Tensor | None = None) -> Tensor:
-    """In what grain is counted: the noise level, (N, 1, 1, 1), of images or as given, but at least an 8-bit step."""
+    """What grain is counted in: images' noise level, (N, 1, 1, 1), or `level`.
+
+    It is at least an 8-bit step.
+    """
     return (noise_level(block_levels(detail)) if level is None else level).clamp(min=1 / 127.5)
 
 
 class GrainHead(nn.Module):
-    """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017, DnCNN).
+    """Estimates the noise of every pixel, to be subtracted (residual learning: Zhang et al. 2017,
+    DnCNN).
 
-    It sees the image minus its local mean, in units of the image's own noise level: what it learns for one amount of
-    noise holds for another, and it hardly touches a picture without. It starts at zero, and what it takes away has
-    next to no local mean. It learns from lessons of its own (`grain_lesson`): in the pairs, few of which are noisy, it
-    would be blamed for colours and holes, errors far larger than noise, and a decibel and a half stayed behind.
+    It sees the image minus its local mean, in units of the image's own noise level: what it learns
+    for one amount of noise holds for another, and it hardly touches a picture without. It starts at
+    zero, and what it takes away has next to no local mean. It learns from lessons of its own
+    (`grain_lesson`): in the pairs, few of which are noisy, it would be blamed for colours and
+    holes, errors far larger than noise, and a decibel and a half stayed behind.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, reach in ((3, 1), (channels, 2), (channels, 1)):
-            layers += [nn.Conv2d(inputs, channels, 3, padding=reach, dilation=reach), nn.LeakyReLU(0.2)]
-        self.features = nn.Sequential(*layers)  # with ReLU, all of them died within 100 steps of a fast start
+            layers.append(nn.Conv2d(inputs, channels, 3, padding=reach, dilation=reach))
+            layers.append(nn.LeakyReLU(0.2))  # with ReLU all died within 100 steps of a fast start
+        self.features = nn.Sequential(*layers)
         self.noise = nn.Conv2d(channels + 3, 3, 3, padding=1, bias=False)
         nn.init.zeros_(self.noise.weight)
 
     def forward(self, scaled: Tensor) -> Tensor:
-        """From an image's detail in units of its noise level the noise in these units, both (N, 3, H, W)."""
+        """From an image's detail its noise, both in units of its noise level, (N, 3, H, W)."""
         scaled = scaled.clamp(-6, 6)  # what stands out further is no noise
-        return 3 * detail_of(convolve_both(self.noise, self.features(scaled), scaled).float())  # 3: learns fast
+        noise = convolve_both(self.noise, self.features(scaled), scaled)
+        return 3 * detail_of(noise.float())  # 3: learns fast
 
 
 def convolve_both(convolution: nn.Conv2d, features: Tensor, images: Tensor) -> Tensor:
-    """What the convolution (kernel 3) makes of features with images as further channels, not copied together."""
+    """What the convolution (kernel 3) makes of features and images, its further channels.
+
+    They are not copied together.
+    """
     # such copies, and gradients that are slices of them, take a sixth of a training step
     weights = convolution.weight.split([features.shape[1], images.shape[1]], 1)
-    return F.conv2d(features, weights[0], convolution.bias, padding=1) + F.conv2d(images, weights[1], padding=1)
+    of_features = F.conv2d(features, weights[0], convolution.bias, padding=1)
+    return of_features + F.conv2d(images, weights[1], padding=1)
 
 
 class HoleHead(nn.Module):
-    """Detects holes by what they are made of: little in a photograph is as flat, as white, as black or as colourful,
-    and next to nothing but a scratch stands out from the grain in a thin line.
+    """Detects holes by what they are made of: little in a photograph is as flat, as white, as black
+    or as colourful, and next to nothing but a scratch stands out from the grain in a thin line.
 
-    These are given to it as pictures, and dilated convolutions (Yu and Koltun 2016) at half the size look up to 30 px
-    far for edges and corners. A U-Net sees the same, but takes thousands of steps to find out what to look for.
+    These are given to it as pictures, and dilated convolutions (Yu and Koltun 2016) at half the
+    size look up to 30 px far for edges and corners. A U-Net sees the same, but takes thousands of
+    steps to find out what to look for.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3 + 3 + 3 + 3, channels, 4, stride=2, padding=1)]
         for reach in (1, 2, 4, 8):
-            layers += [nn.LeakyReLU(0.2), nn.Conv2d(channels, channels, 3, padding=reach, dilation=reach)]
+            layers.append(nn.LeakyReLU(0.2))
+            layers.append(nn.Conv2d(channels, channels, 3, padding=reach, dilation=reach))
         self.features = nn.Sequential(*layers, nn.LeakyReLU(0.2))
         self.hole = nn.Conv2d(channels, 4, 3, padding=1)  # a half-size pixel stands for 2 x 2
         nn.init.zeros_(self.hole.weight)
@@ -1548,22 +1737,26 @@ class HoleHead(nn.Module):
         """
         flat = 1 - 20 * local_mean(detail.abs())
         white, black = degraded.amin(1, keepdim=True) - 0.9, -degraded.amax(1, keepdim=True) - 0.9
-        speckle = local_mean((detail - detail.mean(1, keepdim=True)).abs()).mean(1, keepdim=True)  # hair has one colour
-        clues = torch.cat([flat, 10 * white, 10 * black, 10 * speckle - 1, scaled / 4], 1).clamp(-1, 1)
+        colorful = (detail - detail.mean(1, keepdim=True)).abs()  # hair has one colour
+        speckle = local_mean(colorful).mean(1, keepdim=True)
+        clues = [flat, 10 * white, 10 * black, 10 * speckle - 1, scaled / 4]
+        clues = torch.cat(clues, 1).clamp(-1, 1)
         features = self.features(torch.cat([degraded, clues], 1))  # (N, C, 128, 128)
         return 3 * F.pixel_shuffle(self.hole(features).float(), 2)  # 3: learns fast
 
 
 def fill_from_around(images: Tensor, known: Tensor) -> Tensor:
-    """Spreads what is known into what is not, smoothly, whatever its size (pull-push: Gortler et al. 1996).
+    """Spreads what is known into what is not, smoothly, whatever its size (pull-push: Gortler et
+    al. 1996).
 
-    Known pixels are averaged on a pyramid down to one pixel; on the way back up, every pixel keeps its value as far as
-    it is `known`, (N, 1, 256, 256) in [0, 1], and takes the rest from the coarser level.
+    Known pixels are averaged on a pyramid down to one pixel; on the way back up, every pixel keeps
+    its value as far as it is `known`, (N, 1, 256, 256) in [0, 1], and takes the rest from the
+    coarser level.
     """
     levels = [(images * known, known)]
     while levels[-1][1].shape[-1] > 1:
         values, weight = (F.avg_pool2d(level, 2) for level in levels[-1])
-        trusted = (4 * weight).clamp(max=1)  # one known pixel of four is enough: nothing nearer is to be had
+        trusted = (4 * weight).clamp(max=1)  # one known pixel of four will do: none is nearer
         levels.append((values / weight.clamp(min=1e-6) * trusted, trusted))
     spread = levels[-1][0] / levels[-1][1].clamp(min=1e-6)  # (N, 3, 1, 1)
     for values, weight in reversed(levels[:-1]):
@@ -1580,11 +1773,13 @@ class Restoration(NamedTuple):
 
 
 class OutputLayer(nn.Module):
-    """Brings 128 x 128 features to the 256 x 256 image, with the recoloured input itself as one more skip.
+    """Brings 128 x 128 features to the 256 x 256 image, with the recoloured input itself as one
+    more skip.
 
-    It starts close to the identity and learns to depart from it: less grain, a correction of every pixel. Into the
-    holes that it detects goes what is around them, and nothing learnt: short trainings paint worse than that. The
-    correction is added inside Tanh, so the output lies in [-1, 1] whatever the weights.
+    It starts close to the identity and learns to depart from it: less grain, a correction of every
+    pixel. Into the holes that it detects goes what is around them, and nothing learnt: short
+    trainings paint worse than that. The correction is added inside Tanh, so the output lies
+    in [-1, 1] whatever the weights.
     """
 
     def __init__(self, inputs: int, channels: int) -> None:
@@ -1598,23 +1793,41 @@ class OutputLayer(nn.Module):
             self.propose.bias.zero_()
 
     def propose_changes(self, features: Tensor, recolored: Tensor) -> Sequence[Tensor]:
-        """A correction of every pixel, (N, 3, 256, 256), and a part of the logits of holes, (N, 1, 256, 256).
+        """A correction of every pixel, (N, 3, 256, 256), and a part of the logits of holes.
 
-        From the last decoder layer with its skip, (N, inputs, 128, 128), and the network's own input.
+        The latter are (N, 1, 256, 256). From the last decoder layer with its skip,
+        (N, inputs, 128, 128), and the network's own input.
         """
         upsampled = F.relu(self.upsample(F.relu(features)))  # (N, C, 256, 256)
         mixed = F.relu(convolve_both(self.mix, upsampled, recolored))  # (N, C, 256, 256)
-        return convolve_both(self.propose, mixed, recolored).float().split([3, 1], 1)  # from here on in 32 bits
+        proposed = convolve_both(self.propose, mixed, recolored)
+        return proposed.float().split([3, 1], 1)  # from here on in 32 bits
 
-    def find_holes(self, recolored: Tensor, detail: Tensor, unit: Tensor, proposed: Tensor) -> Tensor:
-        """Logits of the probability that a pixel is covered, (N, 1, 256, 256); `proposed` is the part of them above.
+    def find_holes(
+        self,
+        recolored: Tensor,
+        detail: Tensor,
+        unit: Tensor,
+        proposed: Tensor,
+    ) -> Tensor:
+        """Logits of the probability that a pixel is covered, (N, 1, 256, 256); `proposed` is the
+        part of them above.
 
         `detail` is `detail_of` the images, `unit` their `grain_unit`.
         """
         return proposed + self.detect(recolored, detail, detail / unit)
 
-    def correct(self, recolored: Tensor, detail: Tensor, unit: Tensor, correction: Tensor) -> tuple[Tensor, Tensor]:
-        """The images without their grain, and with the correction, too: (N, 3, 256, 256) each, in [-1, 1]."""
+    def correct(
+        self,
+        recolored: Tensor,
+        detail: Tensor,
+        unit: Tensor,
+        correction: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Images without their grain, then with the correction, too.
+
+        Both are (N, 3, 256, 256) in [-1, 1].
+        """
         limit = 1 - 0.5 / 255  # a quarter of an 8-bit step inside Tanh's open range
         with torch.no_grad():  # learnt from lessons of its own
             without_grain = (recolored - unit * self.grain(detail / unit)).clamp(-limit, limit)
@@ -1630,7 +1843,8 @@ class OutputLayer(nn.Module):
         covered = torch.sigmoid(hole)
         if not self.training:  # wider by a pixel: its edge is no detail to keep
             covered = doubtless(F.max_pool2d(covered, 3, 1, 1), 0.4, 0.6)
-        known = (1 - 2 * covered.detach()).clamp(min=0)  # what is rather hole than not is no source to fill from
+        # what is rather hole than not is no source to fill from
+        known = (1 - 2 * covered.detach()).clamp(min=0)
         surroundings = fill_from_around(without_grain, known)  # (N, 3, 256, 256)
         return Restoration(kept + covered * (surroundings - kept), hole)
 
@@ -1642,18 +1856,23 @@ def check_images(images: Tensor, who: str) -> None:
 
 
 def whole_gradient(features: Tensor) -> Tensor:
-    """The same features. Their gradient, a slice of a concatenation's, is copied together: gaps slow batch norm."""
+    """The same features, whose gradient is copied together: gaps slow batch norm.
+
+    It is a slice of a concatenation's gradient.
+    """
     if features.requires_grad:
         features.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
     return features
 
 
 class UNetGenerator(nn.Module):
-    """U-Net of Isola et al. 2017 (pix2pix): 8 encoder layers from 256 x 256 to 1 x 1, 7 decoder layers back to
-    128 x 128, each with the encoder's map of its size as a skip, and an output layer to 256 x 256 through Tanh.
+    """U-Net of Isola et al. 2017 (pix2pix): 8 encoder layers from 256 x 256 to 1 x 1, 7 decoder
+    layers back to 128 x 128, each with the encoder's map of its size as a skip, and an output layer
+    to 256 x 256 through Tanh.
 
-    Degraded RGB (N, 3, 256, 256) in [-1, 1] to restored RGB of the same shape and range. ValueError for other shapes.
-    `plain` is the recipe as commonly written: instance norm, dropout 0.5 in three decoder layers, no heads.
+    Degraded RGB (N, 3, 256, 256) in [-1, 1] to restored RGB of the same shape and range. ValueError
+    for other shapes. `plain` is the recipe as commonly written: instance norm, dropout 0.5 in three
+    decoder layers, no heads.
     """
 
     def __init__(
@@ -1668,14 +1887,17 @@ class UNetGenerator(nn.Module):
         norm, dropout = (nn.InstanceNorm2d, 0.5) if plain else (nn.BatchNorm2d, 0.0)
         self.encoder = nn.ModuleList([EncoderLayer(3, widths[0], None, activation=False)])
         for number in range(1, 8):
-            self.encoder.append(EncoderLayer(widths[number - 1], widths[number], norm if number < 7 else None))
+            normed = norm if number < 7 else None
+            self.encoder.append(EncoderLayer(widths[number - 1], widths[number], normed))
         self.decoder = nn.ModuleList()
         for number in range(7, 0, -1):
             inputs = widths[number] if number == 7 else 2 * widths[number]
-            self.decoder.append(DecoderLayer(inputs, widths[number - 1], norm, dropout if number > 4 else 0.0))
+            dropped = dropout if number > 4 else 0.0
+            self.decoder.append(DecoderLayer(inputs, widths[number - 1], norm, dropped))
         self.plain, self.sure = plain, sure
         if not plain:
-            self.color, self.output = ColorHead(), OutputLayer(2 * widths[0], full_resolution_channels)
+            self.color = ColorHead()
+            self.output = OutputLayer(2 * widths[0], full_resolution_channels)
         else:  # every pixel is drawn anew from 128 x 128 features; there are no heads
             upsample = nn.ConvTranspose2d(2 * widths[0], 3, 4, stride=2, padding=1)
             self.output = nn.Sequential(nn.ReLU(), upsample, nn.Tanh())
@@ -1687,8 +1909,9 @@ class UNetGenerator(nn.Module):
     def restore(self, degraded: Tensor, whole: Tensor | None = None) -> Restoration:
         """The restored images together with the detected holes.
 
-        For windows of photographs, `whole` are those at 64 px, (N, 3, 64, 64), from which the colours are judged. That
-        is learnt from lessons of its own (`color_lesson`) and not from here.
+        For windows of photographs, `whole` are those at 64 px, (N, 3, 64, 64), from which the
+        colours are judged. That is learnt from lessons of its own (`color_lesson`) and not from
+        here.
         """
         check_images(degraded, "the generator")
         if self.plain:
@@ -1706,20 +1929,28 @@ class UNetGenerator(nn.Module):
             maps.append(x)  # (N, W, 128, 128), (N, 2W, 64, 64), ... (N, 8W, 1, 1)
         maps.pop()  # the bottleneck is no skip
         for layer in self.decoder:
-            x = torch.cat([whole_gradient(y) for y in (layer(x), maps.pop())], 1)  # (N, 16W, 2, 2) to (N, 2W, 128, 128)
+            # (N, 16W, 2, 2) to (N, 2W, 128, 128)
+            x = torch.cat([whole_gradient(y) for y in (layer(x), maps.pop())], 1)
         return x
 
     def find_damage(self, recolored: Tensor) -> Tensor:
-        """Logits of the probability that a pixel of a photograph's windows is damaged, (N, 1, 256, 256)."""
-        detail, proposed = detail_of(recolored), self.output.propose_changes(self.features(recolored), recolored)[1]
+        """Logits of the probability that a pixel of a photograph's windows is damaged.
+
+        Their shape is (N, 1, 256, 256).
+        """
+        detail, features = detail_of(recolored), self.features(recolored)
+        _, proposed = self.output.propose_changes(features, recolored)
         return self.output.find_holes(recolored, detail, grain_unit(detail), proposed)
 
     def mend(self, recolored: Tensor, level: Tensor) -> Tensor:
-        """A photograph's windows, all but colours and holes, which are mended: (N, 3, 256, 256) in [-1, 1].
+        """A photograph's windows, all but colours and holes, which are mended: (N, 3, 256, 256) in
+        [-1, 1].
 
-        `level` is the noise of the whole photograph, (1, 1, 1, 1): a window full of grass cannot tell.
+        `level` is the noise of the whole photograph, (1, 1, 1, 1): a window full of grass cannot
+        tell.
         """
-        detail, correction = detail_of(recolored), self.output.propose_changes(self.features(recolored), recolored)[0]
+        detail, features = detail_of(recolored), self.features(recolored)
+        correction, _ = self.output.propose_changes(features, recolored)
         return self.output.correct(recolored, detail, grain_unit(detail, level), correction)[1]
 
 
@@ -1730,27 +1961,34 @@ def build_generator(settings: Settings) -> UNetGenerator:
         return UNetGenerator(settings.width, settings.full_resolution_channels, settings.plain, settings.sure)
 
 
-# ====== Discriminator =================================================================================================
+# ====== Discriminator =============================================================================
 
 
 class PatchGANDiscriminator(nn.Module):
-    """Judges pairs patch by patch (Isola et al. 2017): is this candidate the original that belongs to this degraded?
+    """Judges pairs patch by patch (Isola et al. 2017): is this candidate the original that belongs
+    to this degraded?
 
-    Two RGB batches (N, 3, 256, 256) in [-1, 1] to scores (N, 1, 30, 30), each from 70 x 70 px. No sigmoid: under the
-    least-squares loss with targets 1 and 0 the best score already is the probability that the patch is real (Mao et
-    al. 2017). ValueError for other shapes.
+    Two RGB batches (N, 3, 256, 256) in [-1, 1] to scores (N, 1, 30, 30), each from 70 x 70 px. No
+    sigmoid: under the least-squares loss with targets 1 and 0 the best score already is the
+    probability that the patch is real (Mao et al. 2017). ValueError for other shapes.
 
-    It sees the candidate and, ten times magnified, what that changes about the degraded image, but for four grey
-    levels: shown how much noise was taken away, it taught the generator to take more, and texture with it. No norm: in
-    a batch of only real or only fake pairs it takes away the difference. `plain`: the pair as it is, batch norm.
+    It sees the candidate and, ten times magnified, what that changes about the degraded image, but
+    for four grey levels: shown how much noise was taken away, it taught the generator to take more,
+    and texture with it. No norm: in a batch of only real or only fake pairs it takes away the
+    difference. `plain`: the pair as it is, batch norm.
     """
 
-    def __init__(self, width: int = Settings.discriminator_width, plain: bool = Settings.plain) -> None:
+    def __init__(
+        self,
+        width: int = Settings.discriminator_width,
+        plain: bool = Settings.plain,
+    ) -> None:
         super().__init__()
         self.plain = plain
         layers: list[nn.Module] = [nn.Conv2d(6, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for inputs, outputs, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):
-            layers.append(nn.Conv2d(inputs * width, outputs * width, 4, stride, padding=1, bias=not plain))
+            convolution = inputs * width, outputs * width, 4, stride, 1
+            layers.append(nn.Conv2d(*convolution, bias=not plain))
             layers += [nn.BatchNorm2d(outputs * width)] if plain else []
             layers.append(nn.LeakyReLU(0.2))
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, stride=1, padding=1))
@@ -1760,7 +1998,8 @@ class PatchGANDiscriminator(nn.Module):
         check_images(degraded, "the discriminator")
         check_images(candidate, "the discriminator")
         seen = degraded if self.plain else 10 * F.softshrink(candidate - degraded, 4 / 127.5)
-        return self.layers(torch.cat([seen, candidate], 1)).float()  # (N, 6, 256, 256) to (N, 1, 30, 30)
+        scores = self.layers(torch.cat([seen, candidate], 1))  # (N, 6, 256, 256) to (N, 1, 30, 30)
+        return scores.float()
 
 
 def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
@@ -1770,7 +2009,7 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
         return PatchGANDiscriminator(settings.discriminator_width, settings.plain)
 
 
-# ====== Checkpoints ===================================================================================================
+# ====== Checkpoints ===============================================================================
 
 CHECKPOINT_FORMAT = "face-restoration-6"
 MAY_CHANGE = {"pretrain_epochs", "gan_epochs", "patience", "checkpoint_every", "sample_every", "sample_faces"}
@@ -1782,7 +2021,7 @@ ADVICE = "The epoch before is kept. Look for damaged images, or start anew elsew
 
 
 class Run(NamedTuple):
-    """What a training run is made of, beside the networks: its settings, places, device and faces."""
+    """What a training run is made of beside the networks: settings, places, device and faces."""
 
     settings: Settings
     places: Places
@@ -1797,13 +2036,16 @@ class Run(NamedTuple):
 
 
 def not_finite(content: Mapping[str, Any]) -> str:
-    """The networks in a checkpoint's content that have a weight that is not a finite number, by name; or nothing."""
+    """Names of a checkpoint's networks with a weight that is not a finite number; or nothing."""
     names = sorted(content.keys() & {"generator", "discriminator", "average"})
     return ", ".join(n for n in names if not all(tensor.isfinite().all() for tensor in content[n].values()))
 
 
 def save_checkpoint(path: Path, run: Run, **content: object) -> None:
-    """Saves tensors, numbers, strings and containers of them atomically, and the settings and faces that made them."""
+    """Saves tensors, numbers, strings and containers of them atomically.
+
+    The settings and faces that made them are saved, too.
+    """
     if bad := not_finite(content):
         raise FloatingPointError(f"{path.name} is not written: weights of the {bad} are not finite. {ADVICE}")
     made_by = {"format": CHECKPOINT_FORMAT, "settings": asdict(run.settings), "faces": run.faces}
@@ -1817,9 +2059,11 @@ def save_checkpoint(path: Path, run: Run, **content: object) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Loads one of our checkpoints to the CPU, wherever it comes from. No code in it is ever run (`weights_only`).
+    """Loads one of our checkpoints to the CPU, wherever it comes from. No code in it is ever run
+    (`weights_only`).
 
-    FileNotFoundError if there is none, ValueError if it is damaged (checksums), not ours, or has weights not finite.
+    FileNotFoundError if there is none, ValueError if it is damaged (checksums), not ours, or has
+    weights not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; notebooks 04 and 05 write them, to OUTPUT_DIR if set")
@@ -1841,7 +2085,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> UNetGenerator:
-    """The generator saved in `path`, at the width it was trained with, in eval mode; raises as `load_checkpoint`."""
+    """The generator in `path`, at its trained width, in eval mode; raises as `load_checkpoint`."""
     content = load_checkpoint(path)
     if "generator" not in content:
         raise ValueError(f"{path}: a checkpoint of this project, but without a generator")
@@ -1860,7 +2104,7 @@ def weights_id(weights: Mapping[str, Tensor]) -> str:
 
 
 def find_artifact(name: str, run: Run) -> Path | None:
-    """The file of that name in the outputs or, failing that, the newest one in anything attached on Kaggle."""
+    """The file of that name in the outputs, else the newest in anything attached on Kaggle."""
     if (run.outputs / name).is_file():
         return run.outputs / name
     attached = run.places.attached.rglob(name) if run.places.attached else ()
@@ -1868,7 +2112,7 @@ def find_artifact(name: str, run: Run) -> Path | None:
 
 
 def require_artifact(name: str, run: Run, notebook: str) -> Path:
-    """As `find_artifact`, but raises FileNotFoundError naming the notebook that makes the file, and where it looked."""
+    """As `find_artifact`, or FileNotFoundError: which notebook makes it, where it looked."""
     looked = " and ".join(str(folder) for folder in (run.outputs, run.places.attached) if folder)
     if path := find_artifact(name, run):
         return path
@@ -1876,7 +2120,10 @@ def require_artifact(name: str, run: Run, notebook: str) -> Path:
 
 
 def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str] = ()) -> None:
-    """ValueError naming what differs if other faces or settings, but MAY_CHANGE and `ignore`, made a checkpoint."""
+    """ValueError naming what differs if other faces or settings made a checkpoint.
+
+    MAY_CHANGE and `ignore` may differ.
+    """
     now = asdict(run.settings) | {"faces": run.faces, "pretrained weights": run.begun_from}
     then = content["settings"] | {"faces": content["faces"], "pretrained weights": content["begun_from"]}
     looked_at = (now.keys() | then.keys()) - MAY_CHANGE.union(ignore, [] if run.begun_from else ["pretrained weights"])
@@ -1889,14 +2136,16 @@ def check_same_run(path: Path, content: Mapping, run: Run, ignore: Iterable[str]
         )
 
 
-# ====== Training ======================================================================================================
+# ====== Training ==================================================================================
 
 
 class Precision:
-    """Mixed precision (Micikevicius et al. 2018): convolutions in 16 bits, weights, losses and the rest in 32.
+    """Mixed precision (Micikevicius et al. 2018): convolutions in 16 bits, weights, losses and the
+    rest in 32.
 
-    bfloat16 where the hardware has it, float16 on other GPUs (a T4), where the loss is scaled up, or gradients would
-    vanish below the smallest number. On CPUs only with AVX-512's bfloat16, and if PyTorch is new enough to say so.
+    bfloat16 where the hardware has it, float16 on other GPUs (a T4), where the loss is scaled up,
+    or gradients would vanish below the smallest number. On CPUs only with AVX-512's bfloat16, and
+    if PyTorch is new enough to say so.
     """
 
     def __init__(self, device: torch.device, wanted: bool = True) -> None:
@@ -1916,7 +2165,7 @@ class Precision:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None)
 
     def update(self, optimizer: Optimizer, loss: Tensor) -> None:
-        """One step of the optimizer down the gradients of `loss`. Left out if float16's are not finite."""
+        """One optimizer step down the gradients of `loss`; none if float16's are not finite."""
         optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(optimizer)
@@ -1930,21 +2179,27 @@ class Precision:
             raise FloatingPointError(f"the gradients are not finite. {ADVICE}")
 
     def keep_finite(self) -> None:
-        """If float16 overflowed on the way forwards, batch norm's statistics are again what they were before."""
+        """If float16 overflowed on the way forwards, puts batch norm's statistics back."""
         while self.before:
             buffer, old = self.before.pop(0)
             buffer.copy_(torch.where(buffer.isfinite().all(), buffer, old))
 
 
 class Means:
-    """Means over images of named losses: every batch counts by its size, so a short last one does not distort them."""
+    """Means over images of named losses.
+
+    Every batch counts by its size, so a short last one does not distort them.
+    """
 
     def __init__(self, where: str, precision: Precision | None = None) -> None:
         self.where, self.batches, self.sums, self.counts = where, 0, Counter(), Counter()
         self.scaled = precision is not None and precision.scaler.is_enabled()
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
-        """Counts a batch's mean losses for its `images`. Sums stay on the device, but for a look at every twentieth."""
+        """Counts a batch's mean losses for its `images`.
+
+        The sums stay on the device, but for a look at every twentieth batch.
+        """
         self.batches += 1
         for name, loss in losses.items():
             counts = loss.isfinite() | (not self.scaled)  # what overflows in float16 teaches nothing
@@ -1962,11 +2217,13 @@ class Means:
 
 
 class Stage:
-    """What both trainings share: going on where the last run stopped, seeds, the time budget, progress and saving.
+    """What both trainings share: going on where the last run stopped, seeds, the time budget,
+    progress and saving.
 
-    `state` is everything that decides how the training goes on, by name; it is saved as `<name>_last.pth` after every
-    epoch, and the one before stays as `<name>_previous.pth`. An epoch depends on its number and on the state before it
-    only, so a run that was stopped ends with the same bits (on a CPU: CUDA adds up in no fixed order).
+    `state` is everything that decides how the training goes on, by name; it is saved as
+    `<name>_last.pth` after every epoch, and the one before stays as `<name>_previous.pth`. An epoch
+    depends on its number and on the state before it only, so a run that was stopped ends with the
+    same bits (on a CPU: CUDA adds up in no fixed order).
     """
 
     def __init__(self, name: str, epochs: int, batch: int, train: list[Pair], run: Run, state: dict[str, Any]) -> None:
@@ -1976,10 +2233,12 @@ class Stage:
         self.last, self.previous = (run.outputs / f"{name}_{which}.pth" for which in ("last", "previous"))
 
     def go_on(self, result: Path, ignore: Iterable[str] = ()) -> None:
-        """Loads the newest checkpoint into the state, if there is one; if it is damaged, the one before it.
+        """Loads the newest checkpoint into the state, if there is one; if it is damaged, the one
+        before it.
 
-        One that is only attached (an earlier Kaggle session) is copied to the outputs first, with what lies beside it.
-        Raises ValueError if another run made what is there, the stage's `result` included.
+        One that is only attached (an earlier Kaggle session) is copied to the outputs first, with
+        what lies beside it. Raises ValueError if another run made what is there, the stage's
+        `result` included.
         """
         if result.is_file() and not self.last.is_file():
             check_same_run(result, load_checkpoint(result), self.run, ignore)
@@ -2012,7 +2271,7 @@ class Stage:
         write_json(self.run.outputs / f"{self.name}_history.json", self.history)  # killed just before it was written?
 
     def epochs(self) -> Iterator[int]:
-        """The numbers of the epochs that are left, as far as the time budget goes, each with its own random state."""
+        """Numbers of the epochs left that the time budget allows, each with its random state."""
         on_kaggle = self.run.places.attached == Path("/kaggle/input")
         session = psutil.Process(1 if on_kaggle else None).create_time()  # on Kaggle the machine's, else this process's
         budget = self.run.settings.time_budget  # hours
@@ -2040,7 +2299,7 @@ class Stage:
             self.bar.update()
 
     def save(self, row: Mapping[str, float]) -> None:
-        """Ends the epoch: its row goes into the history, everything is saved, and a line is printed."""
+        """Ends the epoch: its row goes into the history, all is saved, a line is printed."""
         self.history.append({"epoch": self.epoch, **row, "seconds": time.perf_counter() - self.started})
         if self.last.is_file():
             self.previous.unlink(missing_ok=True)
@@ -2078,8 +2337,8 @@ def adam(
 ) -> torch.optim.Adam:
     """Adam (Kingma and Ba 2015) for a network's weights, in one pass over them.
 
-    What looks for grain and holes in a generator learns `heads` times as fast. `Precision.update` shortens the gradient
-    of these weights to `heads_norm` where it is longer (Pascanu et al. 2013).
+    What looks for grain and holes in a generator learns `heads` times as fast. `Precision.update`
+    shortens the gradient of these weights to `heads_norm` where it is longer (Pascanu et al. 2013).
     """
     fast = {weight for m in network.modules() if isinstance(m, GrainHead | HoleHead) for weight in m.parameters()}
     parts = [[weight for weight in network.parameters() if (weight in fast) is part] for part in (False, True)]
@@ -2090,10 +2349,12 @@ def adam(
 
 
 def average_of(network: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights and batch-norm statistics of `network`, with PyTorch's own class.
+    """An exponential moving average of the weights and batch-norm statistics of `network`, with
+    PyTorch's own class.
 
-    Under a constant learning rate the last weights jitter; their average over some 1 / (1 - decay) steps does not. Over
-    the first steps it reaches back less far, or it would hold untrained weights. Decay 0 is the network itself.
+    Under a constant learning rate the last weights jitter; their average over some 1 / (1 - decay)
+    steps does not. Over the first steps it reaches back less far, or it would hold untrained
+    weights. Decay 0 is the network itself.
     """
 
     def update(averages: list[Tensor], values: list[Tensor], updates: Tensor) -> None:
@@ -2106,7 +2367,8 @@ def average_of(network: nn.Module, decay: float) -> AveragedModel:
 def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor, dict]:
     """A loader's batch on the device, images channels last (a third faster on a CPU).
 
-    What is to be learnt from a grey picture is a grey one, even if its original has colours: no network knows them.
+    What is to be learnt from a grey picture is a grey one, even if its original has colours: no
+    network knows them.
     """
     degraded, original, info = batch
     options = {"non_blocking": True, "memory_format": torch.channels_last}
@@ -2133,7 +2395,10 @@ def validation_losses(generator: nn.Module, loader: DataLoader, device: torch.de
 
 
 def sample_batch(pairs: Sequence[Pair], run: Run) -> tuple[Tensor, Tensor]:
-    """Degraded and original of the first few validation faces in all kinds, the same in every epoch and notebook."""
+    """Degraded and original of the first few validation faces in all kinds.
+
+    They are the same in every epoch and notebook.
+    """
     names = list(dict.fromkeys(pair.name for pair in pairs))[: run.settings.sample_faces]
     chosen = [pair for pair in pairs if pair.name in names]
     degraded, original, _ = next(iter(make_loader(chosen, len(chosen) or 1, run.device)))
@@ -2141,7 +2406,10 @@ def sample_batch(pairs: Sequence[Pair], run: Run) -> tuple[Tensor, Tensor]:
 
 
 def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Path) -> None:
-    """Writes a grid of sample images: degraded above restored above original, a column each, in their own range."""
+    """Writes a grid of samples, a column each: degraded above restored above original.
+
+    Their own range, [-1, 1], is kept.
+    """
     degraded, original = samples
     with evaluating(generator):
         rows = torch.cat([degraded, generator(degraded), original])
@@ -2149,7 +2417,7 @@ def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Pat
         save_image(rows, temporary, nrow=len(degraded), padding=0, normalize=True, value_range=(-1, 1))
 
 
-# ====== Lessons for the heads =========================================================================================
+# ====== Lessons for the heads =====================================================================
 
 
 def thumbnails(pairs: Sequence[Pair]) -> np.ndarray:
@@ -2160,7 +2428,7 @@ def thumbnails(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def make_pale(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A picture, uint8 (H, W, 3), as pale and flat as a good photograph may be: nothing that has to be mended."""
+    """A picture, uint8 (H, W, 3), as pale and flat as a good photo may be: nothing to be mended."""
     highest = image.max(2, keepdims=True).astype(np.float32)
     pale = highest + rng.uniform(0.5, 1) * (image - highest)
     black = (rng.uniform(0, 0.15) + rng.normal(0, 0.03, 3)).clip(0)
@@ -2169,12 +2437,14 @@ def make_pale(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Generator) -> dict[str, Tensor]:
-    """A batch of thumbnails for the colour head, faded anew every time: of the same few it learns too little.
+    """A batch of thumbnails for the colour head, faded anew every time: of the same few it learns
+    too little.
 
-    From `originals`, uint8 BGR (M, 128, 128, 3): `whole` and `original`, float RGB (N, 3, 64, 64) in [-1, 1]; `known`,
-    (N, 1, 64, 64), 0 in holes; `faded`, (N, 2), whether by `distort_colors` and whether by `age_untouched`.
-    Some of the originals are pale, of some only a part is shown, which may be all red or have no white, and one in
-    four stays as it is. Halved after the damage, or grain would be too coarse. Empty if there are to be none.
+    From `originals`, uint8 BGR (M, 128, 128, 3): `whole` and `original`, float RGB (N, 3, 64, 64)
+    in [-1, 1]; `known`, (N, 1, 64, 64), 0 in holes; `faded`, (N, 2), whether by `distort_colors`
+    and whether by `age_untouched`. Some of the originals are pale, of some only a part is shown,
+    which may be all red or have no white, and one in four stays as it is. Halved after the damage,
+    or grain would be too coarse. Empty if there are to be none.
     """
 
     def halved(image: np.ndarray) -> np.ndarray:
@@ -2210,23 +2480,27 @@ def color_lesson(originals: np.ndarray, settings: Settings, rng: np.random.Gener
 
 
 def color_loss(head: ColorHead, lesson: Mapping[str, Tensor]) -> Tensor:
-    """Teaches the colour head to say whether colours have faded and to mend them; see `color_lesson`.
+    """Teaches the colour head whether colours have faded, and to mend them; see `color_lesson`.
 
-    L1 of the recoloured thumbnails outside the holes, and cross-entropy of whether they had faded. To take a good
-    photograph for an aged one counts four times: harm is worse than a photograph that stays as it is.
+    L1 of the recoloured thumbnails outside the holes, and cross-entropy of whether they had faded.
+    To take a good photograph for an aged one counts four times: harm is worse than a photograph
+    that stays as it is.
     """
     curves, faded = head(lesson["whole"], doubting=False)
-    recolored = (lesson["known"] * (recolor(lesson["whole"], curves) - lesson["original"]).abs()).mean()
+    difference = recolor(lesson["whole"], curves) - lesson["original"]
+    recolored = (lesson["known"] * difference.abs()).mean()
     weight = 1 + (1 - lesson["faded"]) * lesson["faded"].new_tensor((0, 3))
     return recolored + 0.1 * F.binary_cross_entropy_with_logits(faded, lesson["faded"], weight)
 
 
 def grain_lesson(pairs: Sequence[Pair], settings: Settings, rng: np.random.Generator) -> dict[str, Tensor]:
-    """A batch of squares of 128 px for the grain head, from the originals of the pairs, made noisy anew every time.
+    """A batch of squares of 128 px for the grain head, from the originals of the pairs, made noisy
+    anew every time.
 
-    `noisy` and `clean`, float RGB (N, 3, 128, 128) in [-1, 1]; empty if there are to be none. Half have Gaussian noise,
-    half of these of the usual sigma; three in eight have film grain, as a JPEG of quality 60 to 95 keeps it, and one in
-    eight none. One in four is grey: where noise is alike in all channels, it is harder to tell from texture.
+    `noisy` and `clean`, float RGB (N, 3, 128, 128) in [-1, 1]; empty if there are to be none. Half
+    have Gaussian noise, half of these of the usual sigma; three in eight have film grain, as a JPEG
+    of quality 60 to 95 keeps it, and one in eight none. One in four is grey: where noise is alike
+    in all channels, it is harder to tell from texture.
     """
     images, side, squares = np.load(pairs[0].store, mmap_mode="r"), IMAGE_SIZE // 2, []
     for _ in range(settings.grain_lessons):
@@ -2251,34 +2525,43 @@ def grain_lesson(pairs: Sequence[Pair], settings: Settings, rng: np.random.Gener
 
 
 def grain_loss(head: GrainHead, lesson: Mapping[str, Tensor]) -> Tensor:
-    """Teaches the grain head what is noise: L1 of a `grain_lesson`'s squares without what it takes for noise."""
+    """Teaches the grain head: L1 of a `grain_lesson`'s squares without what it takes for noise."""
     detail = detail_of(lesson["noisy"])
     unit = grain_unit(detail)
     return F.l1_loss(lesson["noisy"] - unit * head(detail / unit), lesson["clean"])
 
 
-# ====== Pretraining ===================================================================================================
+# ====== Pretraining ===============================================================================
 
 
 def detection_loss(hole: Tensor, damage: Tensor) -> Tensor:
-    """Teaches the generator what a hole is: cross-entropy of its logits, (N, 1, 256, 256), against the true holes.
+    """Teaches the generator what a hole is: cross-entropy of its logits against the true holes.
 
-    `damage`, of the same shape in [0, 1], is where they are. A hole counts as one pixel wider, and what is thin counts
-    twice. Through the blended output alone, a detector that is not yet sure would learn too slowly.
+    Logits are (N, 1, 256, 256). `damage`, of the same shape in [0, 1], is where they are. A hole
+    counts as one pixel wider, and what is thin counts twice. Through the blended output alone, a
+    detector that is not yet sure would learn too slowly.
     """
     damage = (damage > 0.15).float()
-    touched = F.conv2d(damage, damage.new_ones(1, 1, 3, 3), padding=1)  # max_pool2d takes six times as long
+    # max_pool2d takes six times as long
+    touched = F.conv2d(damage, damage.new_ones(1, 1, 3, 3), padding=1)
     true = (touched > 0.5).float()  # whole numbers, but for what a GPU's algorithm may round
-    around = F.interpolate(F.avg_pool2d(true, 16), scale_factor=16.0)  # a scratch has few pixels, and matters as much
+    # a scratch has few pixels, and matters as much
+    around = F.interpolate(F.avg_pool2d(true, 16), scale_factor=16.0)
     return F.binary_cross_entropy_with_logits(hole, true, 1 + true * (1 - around))
 
 
 def pretrain_step(
-    generator: UNetGenerator, optimizer: Optimizer, batch: tuple, lesson: Mapping, run: Run, precision: Precision
+    generator: UNetGenerator,
+    optimizer: Optimizer,
+    batch: tuple,
+    lesson: Mapping,
+    run: Run,
+    precision: Precision,
 ) -> dict[str, Tensor]:
-    """One update of the generator on L1 + 0.1 MSE + `heads_weight` x (`detection_loss`, `color_loss`, `grain_loss`).
+    """One update of the generator on L1 + 0.1 MSE, and on what its heads learn.
 
-    Returns them one by one. The `lesson` is a `color_lesson`, a `grain_lesson`, both or empty.
+    That is `heads_weight` x (`detection_loss`, `color_loss`, `grain_loss`). Returns all losses one
+    by one. The `lesson` is a `color_lesson`, a `grain_lesson`, both or empty.
     """
     degraded, original, info = to_device(batch, run.device)
     with precision.autocast(generator):
@@ -2305,43 +2588,54 @@ def best_epoch(history: Sequence[Mapping]) -> int:
 
 
 def stopped_early(history: Sequence[Mapping], settings: Settings) -> bool:
-    """Whether the pretraining ends here: the validation loss has not improved for `patience` epochs."""
+    """Whether pretraining ends here: `patience` epochs without a better validation loss."""
     return bool(history) and len(history) - best_epoch(history) >= settings.patience
 
 
-def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: list[Pair], run: Run) -> list[dict]:
-    """Pretrains on L1 + 0.1 MSE with Adam and StepLR, stops early, and leaves the best weights in `generator`.
+def pretrain_generator(
+    generator: UNetGenerator,
+    train: list[Pair],
+    validation: list[Pair],
+    run: Run,
+) -> list[dict]:
+    """Pretrains `generator` on L1 + 0.1 MSE with Adam and StepLR, stops early, keeps the best
+    weights.
 
-    Writes pretrained_generator_best.pth, pretrain_last.pth (to go on from), pretrain_history.json and
-    pretrain_sample_epoch_*.png. Returns the history, a dict for each epoch. Started again it goes on where it stopped,
-    and a finished run only reloads. Raises ValueError if other settings or faces made what is there, FloatingPointError
-    if a loss is not finite.
+    Writes pretrained_generator_best.pth, pretrain_last.pth (to go on from), pretrain_history.json
+    and pretrain_sample_epoch_*.png. Returns the history, a dict for each epoch. Started again it
+    goes on where it stopped, and a finished run only reloads. Raises ValueError if other settings
+    or faces made what is there, FloatingPointError if a loss is not finite.
     """
     s, best = run.settings, run.outputs / "pretrained_generator_best.pth"
     generator.to(run.device, memory_format=torch.channels_last)
-    validation_loader, samples = make_loader(validation, s.pretrain_batch, run.device), sample_batch(validation, run)
+    validation_loader = make_loader(validation, s.pretrain_batch, run.device)
+    samples = sample_batch(validation, run)
     optimizer = adam(generator, s.pretrain_lr, heads=s.heads_lr, heads_norm=s.heads_norm)
     precision = Precision(run.device, s.mixed_precision)
     scheduler = StepLR(optimizer, s.pretrain_lr_step, s.lr_gamma)
-    average, originals = average_of(generator, s.ema), thumbnails(train)  # the average is validated and saved
-    state = {"generator": generator, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    state["scaler"] = precision.scaler
+    average = average_of(generator, s.ema)  # what is validated and saved
+    originals = thumbnails(train)
+    state = {"generator": generator, "average": average, "optimizer": optimizer}
+    state |= {"scheduler": scheduler, "scaler": precision.scaler}
 
     with alone_in(run.outputs):
         stage = Stage("pretrain", s.pretrain_epochs, s.pretrain_batch, train, run, state)
         stage.go_on(best, GAN_ONLY)
         for epoch in stage.epochs():
             if stopped_early(stage.history, s):
-                print(f"pretrain: stopped early, no better validation loss for {counted(s.patience, 'epoch')}")
+                waited = counted(s.patience, "epoch")
+                print(f"pretrain: stopped early, no better validation loss for {waited}")
                 break
             means = Means(f"pretrain, epoch {epoch}", precision)
             rng = np.random.default_rng(derive_seed(s.seed, "lessons", epoch))
             for batch in stage.batches():
-                lesson = {} if s.plain else color_lesson(originals, s, rng) | grain_lesson(train, s, rng)
+                lesson = {} if s.plain else color_lesson(originals, s, rng)
+                lesson |= {} if s.plain else grain_lesson(train, s, rng)
                 losses = pretrain_step(generator, optimizer, batch, lesson, run, precision)
                 average.update_parameters(generator)
                 means.add(losses, len(batch[0]))
-            row, val = means.result(), validation_losses(average.module, validation_loader, run.device)
+            row = means.result()
+            val = validation_losses(average.module, validation_loader, run.device)
             row["loss"] = row.pop("l1") + s.mse_weight * row.pop("mse")
             row |= {"val_loss": val["l1"] + s.mse_weight * val["mse"], "val_l1": val["l1"]}
             row["lr"] = scheduler.get_last_lr()[0]
@@ -2349,43 +2643,52 @@ def pretrain_generator(generator: UNetGenerator, train: list[Pair], validation: 
             if best_epoch([*stage.history, {**row, "epoch": epoch}]) == epoch:
                 save_checkpoint(best, run, epoch=epoch, generator=average.module.state_dict())
             if epoch % s.sample_every == 0:
-                save_samples(average.module, samples, run.outputs / f"pretrain_sample_epoch_{epoch}.png")
+                sample = run.outputs / f"pretrain_sample_epoch_{epoch}.png"
+                save_samples(average.module, samples, sample)
             stage.save(row)
         if not best.is_file():
-            raise FileNotFoundError(f"{best} is gone, but pretrain_last.pth is not: move it away, too, to train again")
+            advice = "but pretrain_last.pth is not: move it away, too, to train again"
+            raise FileNotFoundError(f"{best} is gone, {advice}")
         generator.load_state_dict(load_checkpoint(best)["generator"])
     return stage.history
 
 
-# ====== GAN training ==================================================================================================
+# ====== GAN training ==============================================================================
 
 
 def shifted(images: Sequence[Tensor], limit: int, rng: np.random.Generator) -> list[Tensor]:
-    """The images (N, C, H, W), all rolled down and to the right by the same random numbers of pixels below `limit`.
+    """The images (N, C, H, W), all rolled down and to the right by the same random numbers of
+    pixels below `limit`.
 
-    A convolution of stride 2 meets odd and even rows with different weights, and so does its gradient: always meeting
-    the same ones, the generator learns to draw a faint weave. (Zhao et al. 2020 shift what a discriminator sees against
-    overfitting.) Rolling leaves a seam where opposite borders meet, in real and fake pairs alike.
+    A convolution of stride 2 meets odd and even rows with different weights, and so does its
+    gradient: always meeting the same ones, the generator learns to draw a faint weave. (Zhao et al.
+    2020 shift what a discriminator sees against overfitting.) Rolling leaves a seam where opposite
+    borders meet, in real and fake pairs alike.
     """
     down, right = rng.integers(limit, size=2).tolist() if limit else (0, 0)
-    return [image.roll((down, right), (2, 3)).contiguous(memory_format=torch.channels_last) for image in images]
+    rolled = [image.roll((down, right), (2, 3)) for image in images]
+    return [image.contiguous(memory_format=torch.channels_last) for image in rolled]
 
 
 def discriminator_step(
-    discriminator: PatchGANDiscriminator, optimizer: Optimizer, images: Sequence[Tensor], precision: Precision
+    discriminator: PatchGANDiscriminator,
+    optimizer: Optimizer,
+    images: Sequence[Tensor],
+    precision: Precision,
 ) -> dict[str, Tensor]:
-    """One update of the discriminator: real pairs towards 1, fake pairs towards 0, squared errors (Mao et al. 2017).
+    """One update of the discriminator: real pairs towards 1, fake pairs towards 0.
 
-    `images` are degraded, restored and original. Restored is detached: this step must not reach the generator, which
-    would be pushed towards being found out.
+    Squared errors (Mao et al. 2017). `images` are degraded, restored and original. Restored is
+    detached: this step must not reach the generator, which would be pushed towards being found out.
     """
     degraded, restored, original = images
     with precision.autocast(discriminator):
         real = discriminator(degraded, original)
         fake = discriminator(degraded, restored.detach())
-    losses = {"d_real": F.mse_loss(real, torch.ones_like(real)), "d_fake": F.mse_loss(fake, torch.zeros_like(fake))}
-    precision.update(optimizer, 0.5 * (losses["d_real"] + losses["d_fake"]))  # zero_grad(), backward(), step()
-    return losses
+    d_real = F.mse_loss(real, torch.ones_like(real))
+    d_fake = F.mse_loss(fake, torch.zeros_like(fake))
+    precision.update(optimizer, 0.5 * (d_real + d_fake))  # zero_grad(), backward(), step()
+    return {"d_real": d_real, "d_fake": d_fake}
 
 
 def generator_step(
@@ -2396,18 +2699,21 @@ def generator_step(
     settings: Settings,
     precision: Precision,
 ) -> dict[str, Tensor]:
-    """One update of the generator, whose output is the second of the `images`: fool the discriminator, and 100 x L1.
+    """One update of the generator, whose output is the second of the `images`: fool the
+    discriminator, and 100 x L1.
 
-    To L1 is added `heads_weight` x the `detection_loss` of `holes`, what the generator takes for holes and what they
-    are: else it would forget. Returns the losses one by one. Gradients flow through the discriminator to the generator,
-    but the discriminator itself, its batch-norm statistics included, stays as it is.
+    To L1 is added `heads_weight` x the `detection_loss` of `holes`, what the generator takes for
+    holes and what they are: else it would forget. Returns the losses one by one. Gradients flow
+    through the discriminator to the generator, but the discriminator itself, its batch-norm
+    statistics included, stays as it is.
     """
     degraded, restored, original = images
     frozen = {name: value.detach() for name, value in discriminator.named_parameters()}
     frozen |= {name: value.clone() for name, value in discriminator.named_buffers()}
     with precision.autocast(discriminator):
         score = torch.func.functional_call(discriminator, frozen, (degraded, restored))
-    losses = {"g_adv": F.mse_loss(score, torch.ones_like(score)), "g_l1": F.l1_loss(restored, original)}
+    losses = {"g_adv": F.mse_loss(score, torch.ones_like(score))}
+    losses["g_l1"] = F.l1_loss(restored, original)
     loss = losses["g_adv"] + settings.l1_weight * losses["g_l1"]
     if holes and settings.heads_weight:
         losses["holes"] = detection_loss(*holes)
@@ -2417,14 +2723,19 @@ def generator_step(
 
 
 def trains_generator(epoch: int, number: int, settings: Settings) -> bool:
-    """Whether batch `number` (from 0) of `epoch` (from 1) trains the generator: later on only every second one does."""
+    """Whether batch `number` (from 0) of `epoch` (from 1) trains the generator.
+
+    Later on only every second one does.
+    """
     return epoch <= settings.every_second_batch_after or number % 2 == 0
 
 
 def load_pretrained(generator: UNetGenerator, run: Run) -> str:
-    """Loads the pretraining's best weights into `generator` if they are there and says so either way.
+    """Loads the pretraining's best weights into `generator` if they are there and says so either
+    way.
 
-    Attached ones are copied to the outputs, to go on from. Returns the fingerprint of the weights in `generator` then.
+    Attached ones are copied to the outputs, to go on from. Returns the fingerprint of the weights
+    in `generator` then.
     """
     name = "pretrained_generator_best.pth"
     if path := find_artifact(name, run):
@@ -2446,26 +2757,34 @@ def load_pretrained(generator: UNetGenerator, run: Run) -> str:
 
 
 def train_gan(
-    generator: UNetGenerator, discriminator: PatchGANDiscriminator, train: list[Pair], validation: list[Pair], run: Run
+    generator: UNetGenerator,
+    discriminator: PatchGANDiscriminator,
+    train: list[Pair],
+    validation: list[Pair],
+    run: Run,
 ) -> list[dict]:
-    """Trains generator and discriminator against each other (pix2pix); leaves the final generator in `generator`.
+    """Trains `generator` and discriminator against each other (pix2pix).
 
     Starts from pretrained_generator_best.pth if it is there, and says loudly when it is not. Writes
     face_restoration_gan_checkpoint_epoch_*.pth, face_restoration_generator_final.pth,
-    face_restoration_discriminator_final.pth, gan_last.pth (to go on from), gan_history.json and gan_sample_epoch_*.png.
-    Returns the history, a dict for each epoch. Resumes, and raises, as `pretrain_generator`.
+    face_restoration_discriminator_final.pth, gan_last.pth (to go on from), gan_history.json and
+    gan_sample_epoch_*.png. Returns the history, a dict for each epoch. Resumes, and raises, as
+    `pretrain_generator`.
     """
     s = run.settings
     generator.to(run.device, memory_format=torch.channels_last)
     discriminator.to(run.device, memory_format=torch.channels_last)
-    validation_loader, samples = make_loader(validation, s.gan_batch, run.device), sample_batch(validation, run)
+    validation_loader = make_loader(validation, s.gan_batch, run.device)
+    samples = sample_batch(validation, run)
     optimizer_g = adam(generator, s.generator_lr, s.gan_betas)
     optimizer_d = adam(discriminator, s.discriminator_lr, s.gan_betas)
     scheduler_g = StepLR(optimizer_g, s.gan_lr_step, s.lr_gamma)
     scheduler_d = StepLR(optimizer_d, s.gan_lr_step, s.lr_gamma)
-    precision_g, precision_d = Precision(run.device, s.mixed_precision), Precision(run.device, s.mixed_precision)
+    precision_g = Precision(run.device, s.mixed_precision)
+    precision_d = Precision(run.device, s.mixed_precision)
     state = {"generator": generator, "optimizer_g": optimizer_g, "scheduler_g": scheduler_g}
-    state |= {"discriminator": discriminator, "optimizer_d": optimizer_d, "scheduler_d": scheduler_d}
+    state |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
+    state["scheduler_d"] = scheduler_d
     state |= {"scaler_g": precision_g.scaler, "scaler_d": precision_d.scaler}
 
     with alone_in(run.outputs):
@@ -2485,7 +2804,8 @@ def train_gan(
                 losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
                 if train_g:
                     holes = None if generator.plain else (restoration.hole, info["hole"])
-                    losses |= generator_step(discriminator, optimizer_g, images, holes, s, precision_g)
+                    step = discriminator, optimizer_g, images, holes, s, precision_g
+                    losses |= generator_step(*step)
                     average.update_parameters(generator)
                 precision_g.keep_finite()  # where the generator was not trained
                 means.add(losses, len(degraded))
@@ -2495,8 +2815,10 @@ def train_gan(
             scheduler_g.step()
             scheduler_d.step()
             if epoch % s.checkpoint_every == 0:
-                weights = {"generator": average.module.state_dict(), "discriminator": discriminator.state_dict()}
-                save_checkpoint(run.outputs / f"face_restoration_gan_checkpoint_epoch_{epoch}.pth", run, **weights)
+                weights = {"generator": average.module.state_dict()}
+                weights["discriminator"] = discriminator.state_dict()
+                path = run.outputs / f"face_restoration_gan_checkpoint_epoch_{epoch}.pth"
+                save_checkpoint(path, run, **weights)
             if epoch % s.sample_every == 0:
                 save_samples(average.module, samples, run.outputs / f"gan_sample_epoch_{epoch}.png")
             stage.save(row)
@@ -2507,28 +2829,33 @@ def train_gan(
     return stage.history
 
 
-# ====== Restoration ===================================================================================================
+# ====== Restoration ===============================================================================
 
 
 def image_metrics(images: Tensor, originals: Tensor) -> dict[str, Tensor]:
-    """PSNR in dB (may be infinite), SSIM (Wang et al. 2004), L1 (of 255), (N,) each, on clipped, rounded RGB values."""
+    """PSNR in dB (may be infinite), SSIM (Wang et al. 2004), L1 (of 255), (N,) each.
+
+    All are on clipped, rounded RGB values.
+    """
     from skimage.metrics import structural_similarity
 
     x, y = to_pixels(images).cpu(), to_pixels(originals).cpu()
-    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
-    ssim = [structural_similarity(a, b, channel_axis=0, **wang) for a, b in zip(x.numpy(), y.numpy())]
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    wang |= {"data_range": 255, "channel_axis": 0}
+    ssim = [structural_similarity(a, b, **wang) for a, b in zip(x.numpy(), y.numpy())]
     error = x.double() - y.double()
     psnr = 10 * torch.log10(255**2 / error.square().mean((1, 2, 3)))
     return {"psnr": psnr, "ssim": torch.tensor(ssim).double(), "l1": error.abs().mean((1, 2, 3))}
 
 
-# When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `sure`, at all sizes at which
-# it reaches between the two numbers of `REACH` px from its middle. With each of the first two doublings of its length,
-# from a thirtieth of the picture on, `BONUS` less is enough: little in a photograph looks like a scratch or a hole and
-# is as long. A speck, up to so many px long and reaching so far from its middle, may be missing at the smaller sizes;
-# of it a pixel weighs as much in the mean as it is likely, and `SPECK_MORE` is asked. Where `ENOUGH` of a picture is
-# damaged for sure, the rest of its damage is likely, too, and `PLAUSIBLE` will do. Chosen by photographs that no
-# training has seen.
+# When is a region damage? From `LIKELY` on a pixel belongs to one; on average it must be `sure`, at
+# all sizes at which it reaches between the two numbers of `REACH` px from its middle. With each of
+# the first two doublings of its length, from a thirtieth of the picture on, `BONUS` less is enough:
+# little in a photograph looks like a scratch or a hole and is as long. A speck, up to so many px
+# long and reaching so far from its middle, may be missing at the smaller sizes; of it a pixel
+# weighs as much in the mean as it is likely, and `SPECK_MORE` is asked. Where `ENOUGH` of a picture
+# is damaged for sure, the rest of its damage is likely, too, and `PLAUSIBLE` will do. Chosen by
+# photographs that no training has seen.
 LIKELY, PLAUSIBLE, ENOUGH, BONUS, REACH = 0.25, 0.6, 0.001, 0.1, (0.4, 15)
 SPECK_LENGTH, SPECK_RADIUS, SPECK_MORE = 14, 3, 0.05
 LEAST_CONTRAST = 50  # levels, of a grey picture; the palest of 76 prints aged by age_photo has 111
@@ -2537,14 +2864,18 @@ OVERLAP = 64  # px, by which neighbouring windows share a margin, where one fade
 
 
 class RestoredPhoto(NamedTuple):
-    """A restored photograph, uint8 BGR (H, W, 3), and what was repainted, uint8 (H, W), 255 where nothing is left."""
+    """A restored photograph, uint8 BGR (H, W, 3), and what was repainted, uint8 (H, W).
+
+    The latter is 255 where nothing of the original is left.
+    """
 
     image: np.ndarray
     repainted: np.ndarray
 
 
 def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
-    """Sizes of a photograph, (width, height): the networks', each at most twice the one before, up to KNOWN_SIZE.
+    """Sizes of a photograph, (width, height): the networks', each at most twice the one before, up
+    to KNOWN_SIZE.
 
     Or up to its own, if that is smaller.
     """
@@ -2563,7 +2894,7 @@ def sizes_seen(width: int, height: int, searching: bool) -> list[tuple[int, int]
 
 
 def window_starts(length: int) -> list[int]:
-    """Where windows of 256 px begin that cover a side of `length` px with at least OVERLAP in common."""
+    """Where windows of 256 px begin that cover `length` px with at least OVERLAP in common."""
     count = max(1, math.ceil((length - OVERLAP) / (IMAGE_SIZE - OVERLAP)))
     return np.linspace(0, max(0, length - IMAGE_SIZE), count).round().astype(int).tolist()
 
@@ -2581,7 +2912,7 @@ def _cut(image: np.ndarray, x: int, y: int) -> np.ndarray:
 
 
 def _enlarged(image: np.ndarray, size: tuple[int, int], x: int, y: int) -> np.ndarray:
-    """The window of a smaller version of an image, where `size` (width, height) is that of the larger one."""
+    """A window of a smaller version of an image; `size` (width, height) is the larger one's."""
     sx, sy = image.shape[1] / size[0], image.shape[0] / size[1]
     to_small = np.array(((sx, 0, (x + 0.5) * sx - 0.5), (0, sy, (y + 0.5) * sy - 0.5)))
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
@@ -2589,7 +2920,7 @@ def _enlarged(image: np.ndarray, size: tuple[int, int], x: int, y: int) -> np.nd
 
 
 def _fade_in(target: np.ndarray, new: np.ndarray, overlap: int, axis: int) -> None:
-    """Puts `new` in the place of `target`; over the first `overlap` px along the axis one turns into the other."""
+    """Puts `new` in place of `target`, fading from it over the first `overlap` px along `axis`."""
     target, new = (np.moveaxis(image, axis, 0) for image in (target, new))
     share = ((np.arange(overlap, dtype=np.float32) + 0.5) / overlap).reshape(-1, *[1] * (new.ndim - 1))
     mixed = np.concatenate((target[:overlap] + share * (new[:overlap] - target[:overlap]), new[overlap:]))
@@ -2604,15 +2935,17 @@ def _smooth(change: Tensor, reach: float) -> Tensor:
 
 
 def _to_tensor(windows: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """uint8 or float windows (256, 256, C) or (256, 256) on the 0..255 scale to (N, C, 256, 256) in [-1, 1]."""
+    """uint8 or float windows (256, 256[, C]), 0..255, to (N, C, 256, 256) in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(windows).astype(np.float32).reshape(len(windows), IMAGE_SIZE, IMAGE_SIZE, -1))
     return (stacked / 127.5 - 1).permute(0, 3, 1, 2).to(device, memory_format=torch.channels_last)
 
 
 def _by_windows(photo: np.ndarray, look: Callable[[list], Tensor], channels: int, bar: Any) -> np.ndarray:
-    """An image as large as `photo`, uint8 (H, W, channels), of what `look` makes of its windows, a few at a time.
+    """An image as large as `photo`, uint8 (H, W, channels), of what `look` makes of its windows, a
+    few at a time.
 
-    It gets where they begin, (x, y), and returns values (N, channels, 256, 256) on the 0..255 scale.
+    It gets where they begin, (x, y), and returns values (N, channels, 256, 256) on the 0..255
+    scale.
     """
     height, width = photo.shape[:2]
     image, xs, ys = np.zeros((height, width, channels), np.uint8), window_starts(width), window_starts(height)
@@ -2632,10 +2965,10 @@ def _by_windows(photo: np.ndarray, look: Callable[[list], Tensor], channels: int
 
 
 def damage_probabilities(photo: np.ndarray, generator: UNetGenerator, curves: Tensor, bar: Any) -> np.ndarray:
-    """How likely each pixel of a photograph, RGB uint8 (H, W, 3), is physically damaged: uint8 (H, W), 255 is sure.
+    """How likely each pixel of an RGB photograph is physically damaged: uint8 (H, W), 255 is sure.
 
-    Damage is damage whichever way a picture is mirrored: of four looks the surest counts. The network, which knows
-    faces upright only, overlooks by chance far more than it takes for damage.
+    Damage is damage whichever way a picture is mirrored: of four looks the surest counts. The
+    network, which knows faces upright only, overlooks by chance far more than it takes for damage.
     """
 
     def look(places: list[tuple[int, int]]) -> Tensor:
@@ -2648,13 +2981,15 @@ def damage_probabilities(photo: np.ndarray, generator: UNetGenerator, curves: Te
 
 
 def agreed_damage(maps: Sequence[np.ndarray], sure: float) -> np.ndarray:
-    """Where a photograph is damaged, uint8 (H, W), 255 there, from its `damage_probabilities` at several sizes.
+    """Where a photograph is damaged, uint8 (H, W), 255 there, from its `damage_probabilities` at
+    several sizes.
 
-    A region of likely pixels counts as a whole: it is damage if that is likely on average over its pixels and over the
-    sizes that can tell, its own among them. Those are the sizes at which it is neither a dot nor larger than what is
-    around it in a window; they have to agree. A speck of dust may be too small for all but one, and most of it is its
-    rim, which is never sure: there the mean is weighted with the probability itself, and only larger sizes can object.
-    Much that would be no damage by itself is some in a picture with other damage: two thresholds, as Canny 1986 has for
+    A region of likely pixels counts as a whole: it is damage if that is likely on average over its
+    pixels and over the sizes that can tell, its own among them. Those are the sizes at which it is
+    neither a dot nor larger than what is around it in a window; they have to agree. A speck of dust
+    may be too small for all but one, and most of it is its rim, which is never sure: there the mean
+    is weighted with the probability itself, and only larger sizes can object. Much that would be no
+    damage by itself is some in a picture with other damage: two thresholds, as Canny 1986 has for
     edges.
     """
     mask = np.zeros_like(maps[-1])  # 1 where damage is plausible, 2 where it is sure
@@ -2699,12 +3034,13 @@ def agreed_damage(maps: Sequence[np.ndarray], sure: float) -> np.ndarray:
 
 
 def fill_from_edges(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """An image, uint8 (H, W, 3), whose `hole`, uint8 (H, W), 255 there, else 0, is filled smoothly from its edges.
+    """An image, uint8 (H, W, 3), whose `hole`, uint8 (H, W), 255 there, else 0, is filled smoothly
+    from its edges.
 
-    As `fill_from_around`, at any size: half the image, whose pixels are means of what is known (a quarter at least, or
-    they are holes, too: 8-bit means of slivers are wrong), is filled and enlarged. Then every pixel of the hole becomes
-    the mean around it, a few times, which brings it close to what a membrane between the edges would be (Laplace's
-    equation).
+    As `fill_from_around`, at any size: half the image, whose pixels are means of what is known (a
+    quarter at least, or they are holes, too: 8-bit means of slivers are wrong), is filled and
+    enlarged. Then every pixel of the hole becomes the mean around it, a few times, which brings it
+    close to what a membrane between the edges would be (Laplace's equation).
     """
     if not hole.any() or hole.all():
         return image
@@ -2721,11 +3057,13 @@ def fill_from_edges(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
 
 
 def photo_noise(photo: np.ndarray, curves: Tensor, repainted: np.ndarray | None = None) -> Tensor:
-    """The noise level, (1, 1, 1, 1), of a whole photograph, RGB uint8 (H, W, 3): a window full of grass cannot tell.
+    """The noise level, (1, 1, 1, 1), of a whole photograph, RGB uint8 (H, W, 3): a window full of
+    grass cannot tell.
 
-    If nothing is flat in all of it, this would be that of grass, cloth or stone. But noise and film grain lie over
-    everything alike, so that the flattest tenth of the picture has as much of it as the flattest quarter; of texture it
-    has less. In doubt, there is no noise. What is burnt out, jet-black or `repainted`, uint8 (H, W), says nothing.
+    If nothing is flat in all of it, this would be that of grass, cloth or stone. But noise and film
+    grain lie over everything alike, so that the flattest tenth of the picture has as much of it as
+    the flattest quarter; of texture it has less. In doubt, there is no noise. What is burnt out,
+    jet-black or `repainted`, uint8 (H, W), says nothing.
     """
     blocks = []
     for y in window_starts(photo.shape[0]):
@@ -2747,10 +3085,11 @@ def photo_noise(photo: np.ndarray, curves: Tensor, repainted: np.ndarray | None 
 def mend_level(
     photo: np.ndarray, holes: np.ndarray, generator: UNetGenerator, curves: Tensor, drift: np.ndarray | None, bar: Any
 ) -> np.ndarray:
-    """Restores `photo`, RGB uint8 (h, w, 3), whose holes are filled, by windows. What is grey stays grey.
+    """Restores `photo`, RGB uint8 (h, w, 3), whose holes are filled, by windows. What is grey stays
+    grey.
 
-    `holes` says where, uint8, and `drift` is the `large_scale_change` that is known from the whole picture, both at any
-    size.
+    `holes` says where, uint8, and `drift` is the `large_scale_change` that is known from the whole
+    picture, both at any size.
     """
     size = photo.shape[1::-1]
     noise = photo_noise(photo, curves, cv2.resize(holes, size, interpolation=cv2.INTER_AREA))
@@ -2774,7 +3113,8 @@ def mend_level(
 
 
 def large_scale_change(before: np.ndarray, after: np.ndarray, curves: Tensor) -> np.ndarray:
-    """What restoring changed beside colours, slowly across the whole picture: float32 (h, w, 3), of 255.
+    """What restoring changed beside colours, slowly across the whole picture: float32 (h, w, 3), of
+    255.
 
     From two RGB images, uint8 (h, w, 3).
     """
@@ -2784,7 +3124,8 @@ def large_scale_change(before: np.ndarray, after: np.ndarray, curves: Tensor) ->
 
 
 def _restore_plainly(photo: np.ndarray, generator: UNetGenerator, size: tuple[int, int]) -> RestoredPhoto:
-    """The plain recipe's correction of the whole picture at 256 px, made as large as the photograph and added to it.
+    """The plain recipe's correction of the whole picture at 256 px, made as large as the photograph
+    and added to it.
 
     To compare with: it takes some 40 bytes a pixel.
     """
@@ -2798,10 +3139,12 @@ def _restore_plainly(photo: np.ndarray, generator: UNetGenerator, size: tuple[in
 
 
 def judge_colors(picture: Image.Image, one_tone: bool | None, generator: UNetGenerator) -> tuple[Image.Image, Tensor]:
-    """A photograph, RGB, and the curves, (1, 11), that mend its colours. What is in one tone comes back as "L".
+    """A photograph, RGB, and the curves, (1, 11), that mend its colours. What is in one tone comes
+    back as "L".
 
-    Where nobody can say whether it is (None), its colours stay: more contrast would be more colour, which a pale grey
-    print with a cast never had. What is grey gets one curve for all channels; if it has hardly any contrast, it stays.
+    Where nobody can say whether it is (None), its colours stay: more contrast would be more colour,
+    which a pale grey print with a cast never had. What is grey gets one curve for all channels; if
+    it has hardly any contrast, it stays.
     """
     whole = picture.resize((IMAGE_SIZE,) * 2, Image.Resampling.BILINEAR)
     pixels = np.asarray((whole.convert("L") if one_tone else whole).convert("RGB"))
@@ -2838,17 +3181,19 @@ def _check_input(photo: np.ndarray, generator: UNetGenerator, fill: bool, mask: 
 def restore_photo(
     photo: np.ndarray, generator: UNetGenerator, fill: bool = True, mask: np.ndarray | None = None, bar: Any = None
 ) -> RestoredPhoto:
-    """Restores a photograph, uint8 BGR (H, W, 3), at its own size: the result, and a mask of what was repainted.
+    """Restores a photograph, uint8 BGR (H, W, 3), at its own size: the result, and a mask of what
+    was repainted.
 
-    Damage is looked for at several sizes, from 256 px to KNOWN_SIZE, and filled from its edges. Then colours and slow
-    changes of light are taken from the whole picture at 256 px; all else is mended by overlapping windows at its own
-    size. A photograph in one tone (grey, sepia) comes back in neutral grey, but from the plain recipe; see
-    `judge_colors`. (The generator itself, which trainings and samples show, looks for damage at one size, and fills it
-    in a simpler way.)
+    Damage is looked for at several sizes, from 256 px to KNOWN_SIZE, and filled from its edges.
+    Then colours and slow changes of light are taken from the whole picture at 256 px; all else is
+    mended by overlapping windows at its own size. A photograph in one tone (grey, sepia) comes back
+    in neutral grey, but from the plain recipe; see `judge_colors`. (The generator itself, which
+    trainings and samples show, looks for damage at one size, and fills it in a simpler way.)
 
-    With a `mask`, uint8 (H, W), exactly what is lighter than half grey in it is repainted; with fill=False nothing is.
-    ValueError for both at once, if the photograph or the mask has another shape or type, if the mask is dark or white
-    all over, or for the plain recipe, which cannot say where it repaints.
+    With a `mask`, uint8 (H, W), exactly what is lighter than half grey in it is repainted; with
+    fill=False nothing is. ValueError for both at once, if the photograph or the mask has another
+    shape or type, if the mask is dark or white all over, or for the plain recipe, which cannot say
+    where it repaints.
     """
     _check_input(photo, generator, fill, mask)
     own, sizes = photo.shape[1::-1], level_sizes(*photo.shape[1::-1])
@@ -2888,7 +3233,7 @@ def restore_photo(
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """An image file as a mask, uint8 (H, W): its lightest channel, and 0 where it is transparent."""
+    """An image file as a mask, uint8 (H, W): its lightest channel, 0 where it is transparent."""
     mask = read_image(path).max(2)
     with Image.open(path) as image:
         if "A" in image.getbands() or "transparency" in image.info:  # painted on a layer of its own
@@ -2896,9 +3241,10 @@ def read_mask(path: str | Path) -> np.ndarray:
     return mask
 
 
-# ====== Scans =========================================================================================================
+# ====== Scans =====================================================================================
 
-# Tags that say how the pixels of a TIFF lie in the file, which a new one has of its own; 34675: the colour profile.
+# Tags that say how the pixels of a TIFF lie in the file, which a new one has of its own; 34675: the
+# colour profile.
 TIFF_STRUCTURE = {*range(254, 267), 273, *range(277, 282), 284, *range(290, 294), 301, *range(317, 348), 34675}
 TIFF_STRUCTURE |= {*range(512, 533), 37724}
 TIFF_ONLY = {700, 33723, 34377}  # XMP, IPTC and Photoshop's data, which other formats keep elsewhere
@@ -2934,7 +3280,7 @@ def as_picture(pixels: np.ndarray) -> Image.Image:
 
 
 class AsRead(str):
-    """A text of EXIF data as it was: Pillow reads Latin-1, but writes ASCII, with ? for all else."""
+    """Text of EXIF data as it was: Pillow reads Latin-1, but writes ASCII, with ? for the rest."""
 
     def encode(self, *_: object) -> bytes:
         """The bytes that have been read, mostly UTF-8."""
@@ -2942,7 +3288,7 @@ class AsRead(str):
 
 
 def exif_of(image: Image.Image, turned: bool) -> Image.Exif:
-    """What the camera or the scanner wrote, without a thumbnail, and for pixels that stand upright."""
+    """What the camera or the scanner wrote, for upright pixels and without a thumbnail."""
     exif = image.getexif()
     for tag in TIFF_STRUCTURE & exif.keys():
         del exif[tag]
@@ -2977,9 +3323,11 @@ def metadata(image: Image.Image, turned: bool) -> dict[str, Any]:
 
 
 def color_transforms(profile: bytes | None, mode: str) -> tuple[Callable, Callable | None]:
-    """What brings pictures in `mode` from a profile's colours to sRGB, "RGB", and what brings them back, if anything.
+    """What brings pictures in `mode` from a profile's colours to sRGB, "RGB", and what brings them
+    back, if anything.
 
-    Relative colorimetric, as usual for photographs. A profile that is not understood counts as none.
+    Relative colorimetric, as usual for photographs. A profile that is not understood counts as
+    none.
     """
     plain = [functools.partial(Image.Image.convert, mode=m) for m in ("RGB", mode)]
     how = (ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION)
@@ -2996,7 +3344,7 @@ def color_transforms(profile: bytes | None, mode: str) -> tuple[Callable, Callab
 
 
 def _sixteen_bits(content: bytes, image: Image.Image, channels: int) -> np.ndarray | None:
-    """The 16 bits of a PNG or TIFF, uint16 (H, W, channels), as they lie there; None if OpenCV cannot read them."""
+    """A PNG's or TIFF's 16 bits, uint16 (H, W, channels), as stored; None if OpenCV fails."""
     if image.format == "TIFF":
         if image.tag_v2.get(338) == (1,):  # colours that were multiplied with the opacity
             return None
@@ -3129,9 +3477,11 @@ def _options(kind: str, carried: Mapping[str, Any], sixteen: bool) -> tuple[dict
 
 
 def write_scan(path: str | Path, scan: Scan, pixels: np.ndarray) -> list[str]:
-    """Writes pixels, as `scan.pixels`, atomically, with all that the scan carried. Returns what is lost, in words.
+    """Writes pixels, as `scan.pixels`, atomically, with all that the scan carried. Returns what is
+    lost, in words.
 
-    The suffix says the format; JPEG, WebP and the like at quality 95, JPEG at 4:4:4. OSError if it cannot be written.
+    The suffix says the format; JPEG, WebP and the like at quality 95, JPEG at 4:4:4. OSError if it
+    cannot be written.
     """
     path = Path(path)
     kind = Image.registered_extensions()[path.suffix.lower()]
@@ -3186,7 +3536,7 @@ def restore_file(
     keep_tone: bool = False,
     bar: Any = None,
 ) -> tuple[RestoredFile, RestoredPhoto]:
-    """Restores one picture file into another, as `restore_image_gan`. OSError if it cannot be written."""
+    """Restores one picture file into another, as `restore_image_gan`. OSError if not writable."""
     begun, scan, painted = time.monotonic(), read_scan(source), None if mask is None else read_mask(mask)
     restored = restore_photo(scan.photo(), generator, fill, painted, bar)
     if keep_tone and is_neutral(restored.image):
@@ -3205,11 +3555,13 @@ def restore_image_gan(
     mask: str | Path | None = None,
     keep_tone: bool = False,
 ) -> np.ndarray:
-    """Restores a photograph at its own size: reads `source`, writes `destination`, says how much has been repainted.
+    """Restores a photograph at its own size: reads `source`, writes `destination`, says how much
+    has been repainted.
 
-    All that the file carries comes back, too: see `Scan`. Returns the photograph in sRGB, uint8 BGR (H, W, 3). `fill`
-    and `mask` (an image file) as in `restore_photo`; with `keep_tone` a sepia print is not brought to neutral grey.
-    ValueError if `source` cannot be read, if `destination` is one of the two, or has no known image suffix.
+    All that the file carries comes back, too: see `Scan`. Returns the photograph in sRGB, uint8 BGR
+    (H, W, 3). `fill` and `mask` (an image file) as in `restore_photo`; with `keep_tone` a sepia
+    print is not brought to neutral grey. ValueError if `source` cannot be read, if `destination` is
+    one of the two, or has no known image suffix.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     mask = None if mask is None else Path(mask).expanduser()
@@ -3225,7 +3577,7 @@ def restore_image_gan(
     return restored.image
 
 
-# ====== Folders of scans ==============================================================================================
+# ====== Folders of scans ==========================================================================
 
 REPORT, SHEETS = "_restored.csv", "_before_and_after"  # are written beside restored photographs
 REPORT_COLUMNS = ["file", "width", "height", "repainted_percent", "seconds", "restored", "remark"]
@@ -3235,10 +3587,11 @@ BYTES_A_PIXEL = 45  # that restoring a file takes at most, from reading to writi
 def plan_folder(
     source: Path, destination: Path, suffix: str = ""
 ) -> tuple[list[tuple[Path, Path]], list[RestoredFile]]:
-    """Which picture file below `source` is restored into which one of `destination`, and which cannot be, and why.
+    """Which picture file below `source` is restored into which one of `destination`, and which
+    cannot be, and why.
 
-    With another `suffix` (".png") they change their format. FileNotFoundError if there are none, ValueError if the one
-    folder lies in the other or if two files would get the same name.
+    With another `suffix` (".png") they change their format. FileNotFoundError if there are none,
+    ValueError if the one folder lies in the other or if two files would get the same name.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder")
@@ -3274,7 +3627,7 @@ def _picture_size(path: Path) -> tuple[int, int]:
 
 
 class Tally:
-    """Counts what several threads have done, in place of a progress bar, and stops them when it is told to."""
+    """Counts what several threads have done, in place of a progress bar; stops them when told."""
 
     def __init__(self) -> None:
         self.done, self.stopped, self.lock = 0, False, threading.Lock()
@@ -3288,9 +3641,11 @@ class Tally:
 
 
 def _in_threads(rest: Sequence[tuple[Path, Path]], restore: Callable, fill: bool) -> Iterator[RestoredFile]:
-    """`restore(source, destination, tally)` of all pairs, as many at once as there are cores, and memory, for them.
+    """`restore(source, destination, tally)` of all pairs, as many at once as there are cores, and
+    memory, for them.
 
-    One core a photograph is faster than all for one after the other, and others are read and written meanwhile.
+    One core a photograph is faster than all for one after the other, and others are read and
+    written meanwhile.
     """
     sizes = [size for size in in_parallel(_picture_size, [path for path, _ in rest]) if min(size)]
     room = psutil.virtual_memory().available / 2 / max((BYTES_A_PIXEL * w * h for w, h in sizes), default=1)
@@ -3341,12 +3696,14 @@ def restore_folder(
     suffix: str = "",
     overwrite: bool = False,
 ) -> list[RestoredFile]:
-    """Restores all pictures below a folder into another one, under the same names; returns what became of each.
+    """Restores all pictures below a folder into another one, under the same names; returns what
+    became of each.
 
-    What is there already is left, unless `overwrite`: whatever interrupts it, it goes on when it is called again. A
-    file that cannot be read is named, the others are restored. Beside them come a table (REPORT) and sheets of pairs
-    (SHEETS). `fill` and `keep_tone` as in `restore_image_gan`; `suffix` (".png") changes the format. FileNotFoundError
-    and ValueError as `plan_folder`; OSError if it cannot write.
+    What is there already is left, unless `overwrite`: whatever interrupts it, it goes on when it is
+    called again. A file that cannot be read is named, the others are restored. Beside them come a
+    table (REPORT) and sheets of pairs (SHEETS). `fill` and `keep_tone` as in `restore_image_gan`;
+    `suffix` (".png") changes the format. FileNotFoundError and ValueError as `plan_folder`; OSError
+    if it cannot write.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     pairs, unread = plan_folder(source, destination, suffix)
@@ -3381,7 +3738,10 @@ TILE, PAIRS_ON_A_SHEET = 240, 20  # px of a picture on a sheet
 
 
 def most_changed(before: np.ndarray, after: np.ndarray, side: int) -> tuple[int, int]:
-    """Where the square of `side` px begins, (x, y), in which two images (H, W, 3) differ most, but for their tones."""
+    """Where the `side` px square begins, (x, y), in which two images differ most, but for tones.
+
+    The images are (H, W, 3).
+    """
     change = np.abs(before.astype(np.float32) - after).max(2)
     sums = cv2.integral(np.maximum(change - np.median(change), 0))
     height, width = change.shape[0] + 1 - side, change.shape[1] + 1 - side
@@ -3401,7 +3761,7 @@ def _tile(image: np.ndarray) -> np.ndarray:
 
 
 def before_and_after(source: Path, restored: Path) -> np.ndarray:
-    """A picture before and after, and of both what changed most, enlarged: uint8 BGR (TILE, 4 TILE, 3)."""
+    """Before and after, and of both what changed most, enlarged: uint8 BGR (TILE, 4 TILE, 3)."""
     pair = [read_scan(path).photo() for path in (source, restored)]
     side = min(*pair[0].shape[:2], max(TILE // 3, max(pair[0].shape) // 8))
     scale = 512 / max(512, *pair[0].shape)
@@ -3411,7 +3771,7 @@ def before_and_after(source: Path, restored: Path) -> np.ndarray:
 
 
 def write_sheets(pairs: Sequence[tuple[Path, Path]], folder: Path) -> list[Path]:
-    """Writes sheets to look at, 20 pairs of (original, restored) files on each; returns their paths."""
+    """Writes sheets to look at, 20 (original, restored) file pairs on each; returns their paths."""
     font, sheets = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 16), []
 
     def draw(pair: tuple[Path, Path]) -> np.ndarray:
@@ -3433,31 +3793,122 @@ def write_sheets(pairs: Sequence[tuple[Path, Path]], folder: Path) -> list[Path]
     return sheets
 
 
-# ====== Figures =======================================================================================================
+# ====== Figures ===================================================================================
 
 
-def show_images(columns: Sequence[Sequence], rows: Sequence[str], captions: Sequence[Sequence[str]] = ()) -> plt.Figure:
-    """A grid of RGB images (arrays or PIL), column by column, with the rows' names at the left and captions below."""
-    size = 2.1 * len(columns), (2.35 if captions else 2.1) * len(rows)
+def listing(*things: Callable, folded: bool = False) -> Any:
+    """The source of functions and classes in a notebook: a monospaced, coloured block.
+
+    `folded`, only their names are to be seen until the reader clicks on them. HTML with its own
+    styles, since pages made of notebooks set other outputs in a proportional font.
+    """
+    from IPython.display import HTML
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    sources = "\n\n".join(textwrap.dedent(inspect.getsource(thing)) for thing in things)
+    style = "font-family:monospace;white-space:pre;overflow-x:auto;line-height:1.35;margin:0"
+    block = highlight(sources, PythonLexer(), HtmlFormatter(noclasses=True, prestyles=style))
+    names = ", ".join(thing.__qualname__ for thing in things)
+    summary = f"<summary>Source of <code>{names}</code></summary>"
+    return HTML(f"<details>{summary}{block}</details>" if folded else block)
+
+
+def show_images(
+    columns: Sequence[Sequence],
+    rows: Sequence[str],
+    captions: Sequence[Sequence[str]] = (),
+    titles: Sequence[str] = (),
+    alt: str = "",
+) -> plt.Figure:
+    """A grid of RGB images (arrays or PIL), column by column.
+
+    `rows` are the names at the left, `titles` those above the columns, `captions` stand below every
+    image. `alt` says what is to be seen, for whoever cannot see it.
+    """
+    wide = 11 / max(5, len(columns))  # inches; all of them are at most as wide as a page
+    size = wide * len(columns), wide * (1.12 if captions else 1) * len(rows) + 0.3 * bool(titles)
     options = {"squeeze": False, "layout": "constrained", "subplot_kw": {"xticks": [], "yticks": []}}
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, **options)
     for x, column in enumerate(columns):
         for y, image in enumerate(column):
             axes[y, x].imshow(image, vmin=0, vmax=255, interpolation="antialiased")
             if captions:
-                axes[y, x].set_xlabel(captions[x][y], fontsize=8)
-    for y, name in enumerate(rows):
-        axes[y, 0].set_ylabel(name)
+                axes[y, x].set_xlabel(captions[x][y], fontsize=10)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=11)
+    for axis, name in zip(axes[:, 0], rows):
+        axis.set_ylabel(name, fontsize=11)
+    figure.set_label(alt)
     return figure
 
 
-def show_samples(samples: Mapping[str, Path], columns: int | None = None) -> plt.Figure:
-    """The first `columns` (default: all) of files of `save_samples` by label: degraded, restored in each, original."""
-    grids = [np.asarray(open_image(path)) for path in samples.values()]
-    strips = [grids[0][:IMAGE_SIZE], *(grid[IMAGE_SIZE:-IMAGE_SIZE] for grid in grids), grids[0][-IMAGE_SIZE:]]
-    starts = range(0, min(strip.shape[1] for strip in strips), IMAGE_SIZE)[:columns]
-    crops = [[strip[:, x : x + IMAGE_SIZE] for strip in strips] for x in starts]
-    return show_images(crops, ["degraded", *samples, "original"])
+def interesting_square(before: np.ndarray, after: np.ndarray, share: float = 0.3) -> tuple[slice, slice]:
+    """Rows and columns of the square in which two images (H, W, 3) differ most, `share` of the
+    shorter side long: where to look closely.
+    """
+    side = max(1, round(share * min(before.shape[:2])))
+    x, y = most_changed(before, after, side)
+    return np.s_[y : y + side, x : x + side]
+
+
+def _sample_tiles(path: Path) -> list[list[np.ndarray]]:
+    """The rows of a file of `save_samples`, each a list of images, RGB of 256 px."""
+    grid = np.asarray(open_image(path))
+    rows = [grid[y : y + IMAGE_SIZE] for y in range(0, len(grid), IMAGE_SIZE)]
+    return [[row[:, x : x + IMAGE_SIZE] for x in range(0, row.shape[1], IMAGE_SIZE)] for row in rows]
+
+
+def show_samples(
+    samples: Mapping[str, Path],
+    chosen: Sequence[int],
+    titles: Sequence[str] = (),
+    closely: bool = False,
+    alt: str = "",
+) -> plt.Figure:
+    """The `chosen` columns of files of `save_samples`, by label: degraded, restored, original.
+
+    `closely`, only the square of each in which the degraded image differs most from the original.
+    """
+    tiles = [_sample_tiles(path) for path in samples.values()]
+    fewest = min(len(rows[0]) for rows in tiles)  # `sample_faces` may have changed on the way
+    chosen = [x for x in chosen if x < fewest]
+    columns = [[tiles[0][0][x], *(rows[1][x] for rows in tiles), tiles[0][2][x]] for x in chosen]
+    if closely:
+        columns = [[image[interesting_square(c[0], c[-1])] for image in c] for c in columns]
+    return show_images(columns, ["degraded", *samples, "original"], titles=titles, alt=alt)
+
+
+def animate_samples(samples: Mapping[str, Path], kinds: Sequence[str], path: Path) -> Any:
+    """An animation (WebP) of files of `save_samples`, by label, for a notebook; written to `path`.
+
+    Its pictures: degraded, restored in each file, original; a column for each kind of damage.
+    """
+    from IPython.display import HTML
+
+    font, side = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 18), 200
+    tiles = [_sample_tiles(file) for file in samples.values()]
+    faces = min(len(rows[0]) for rows in tiles) // len(kinds)  # `sample_faces` may have changed
+    shown = {"degraded": tiles[0][0]} | {name: rows[1] for name, rows in zip(samples, tiles)}
+    frames = []
+    for label, images in (shown | {"original": tiles[0][2]}).items():
+        frame = Image.new("RGB", (len(kinds) * side, faces * side + 56), "white")
+        draw = ImageDraw.Draw(frame)
+        draw.text((4, 2), label, fill="black", font=font)
+        for number, image in enumerate(images[: faces * len(kinds)]):
+            x, y = number % len(kinds) * side, number // len(kinds) * side + 56
+            frame.paste(Image.fromarray(image).resize((side, side)), (x, y))
+        for number, kind in enumerate(kinds):
+            draw.text((number * side + 4, 28), kind, fill="black", font=font)
+        frames.append(frame)
+    with atomic(path) as temporary:
+        durations = [1500, *[700] * len(samples), 1500]  # ms
+        frames[0].save(
+            temporary, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=75
+        )
+    text = f"Animation: the degraded faces, restored after each epoch ({', '.join(samples)}), the originals"
+    return HTML(image_element("webp", path.read_bytes(), text))
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -3467,9 +3918,9 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, str]], path: Path) -> plt.Figure:
-    """Curves over the epochs, a panel per title; `panels` maps title to {key of the history: label}."""
+    """Curves over epochs, a panel per title; `panels` maps title to {key of history: label}."""
     panels = {title: curves for title, curves in panels.items() if any(key in row for key in curves for row in history)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.2), squeeze=False, layout="constrained")
     for axis, (title, curves) in zip(axes[0], panels.items()):
         for key, label in curves.items():
             rows = [row for row in history if key in row]
@@ -3478,6 +3929,7 @@ def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, s
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)  # below: curves fill the panel
+    figure.set_label("Curves over the epochs: " + "; ".join(panels))
     save_figure(figure, path)
     return figure
 
@@ -3502,7 +3954,10 @@ def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
 
 
 def compare_results(generator: nn.Module, pairs: Sequence[Pair], run: Run, path: Path, sets: int = 5) -> plt.Figure:
-    """Shows `sets` sets of (degraded, restored, original) with PSNR and SSIM below, and saves them as `path`."""
+    """Shows `sets` sets of (degraded, restored, original), PSNR and SSIM below.
+
+    Saves them as `path`.
+    """
     degraded, original, info = next(iter(make_loader(pairs[:sets], sets, torch.device("cpu"))))
     with evaluating(generator):
         restored = generator(degraded.to(run.device)).cpu()
@@ -3511,13 +3966,15 @@ def compare_results(generator: nn.Module, pairs: Sequence[Pair], run: Run, path:
     captions = []
     for i, name in enumerate(info["name"]):
         scores = [f"{m['psnr'][i]:.1f} dB, SSIM {m['ssim'][i]:.3f}" for m in (before, after)]
-        captions.append([*scores, f"{info['kind'][i]}: {name}"])
-    figure = show_images(columns, ("degraded", "restored", "original"), captions)
+        captions.append([*scores, name])
+    kinds = ", ".join(dict.fromkeys(info["kind"]))
+    alt = f"Degraded ({kinds}), restored and original faces, with PSNR and SSIM below each"
+    figure = show_images(columns, ("degraded", "restored", "original"), captions, info["kind"], alt)
     save_figure(figure, path)
     return figure
 
 
-# ====== Before and after, to play with ================================================================================
+# ====== Before and after, to play with ============================================================
 
 SLIDER = """
 <figure id="{name}" style="margin:1em 0;max-width:{width}px">
@@ -3556,10 +4013,11 @@ PAGE = """<!doctype html>
 
 
 def compare_slider(before: np.ndarray, after: np.ndarray, caption: str = "", longest: int = 1200) -> str:
-    """Two images, uint8 BGR (H, W, 3), one over the other, with a line between to drag: HTML that needs no other file.
+    """Two images, uint8 BGR (H, W, 3), one over the other, with a line between to drag: HTML that
+    needs no other file.
 
-    With the keyboard: Tab, then the arrow keys. Where scripts are off, both stand side by side. `longest` is the most
-    px of a side.
+    With the keyboard: Tab, then the arrow keys. Where scripts are off, both stand side by side.
+    `longest` is the most px of a side.
     """
     sources = []
     for image in (before, after):
@@ -3574,7 +4032,7 @@ def compare_slider(before: np.ndarray, after: np.ndarray, caption: str = "", lon
 
 
 def write_page(path: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
-    """One HTML page with a `compare_slider` for each pair of (original, restored) files; it needs no other file."""
+    """One HTML page, a `compare_slider` for each (original, restored) pair; needs no other file."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as page:
         page.write(PAGE)
         for number, (source, restored) in enumerate(pairs, 1):
@@ -3583,7 +4041,7 @@ def write_page(path: Path, pairs: Iterable[tuple[Path, Path]]) -> None:
                 page.write(compare_slider(*photos, f"{number}. {restored.name}"))
 
 
-# ====== Command line ==================================================================================================
+# ====== Command line ==============================================================================
 
 OWN_WEIGHTS = "face_restoration_generator_final.pth"
 SHIPPED_WEIGHTS = Path(__file__).parent / "outputs" / "restoration_weights.pth"  # of profile `long`; see the README
@@ -3598,7 +4056,8 @@ What is in OUT already is left as it is: interrupted, the same command goes on.
 
 
 def find_weights(places: Places) -> Path:
-    """One's own weights, if the notebooks have written some, otherwise those that come with the project.
+    """One's own weights, if the notebooks have written some, otherwise those that come with the
+    project.
 
     FileNotFoundError if there are neither.
     """
@@ -3606,7 +4065,8 @@ def find_weights(places: Places) -> Path:
     for path in (places.outputs / OWN_WEIGHTS, *attached, SHIPPED_WEIGHTS):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"no weights: neither {OWN_WEIGHTS} in {places.outputs} nor {SHIPPED_WEIGHTS}")
+    missing = f"neither {OWN_WEIGHTS} in {places.outputs} nor {SHIPPED_WEIGHTS}"
+    raise FileNotFoundError(f"no weights: {missing}; run notebook 05_train_gan, or get them again")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -3648,7 +4108,7 @@ def _restore_one(options: argparse.Namespace, generator: UNetGenerator) -> Path:
 
 
 def _restore_many(options: argparse.Namespace, generator: UNetGenerator) -> tuple[list[tuple[Path, Path]], int]:
-    """A folder, as the command line asks: pairs of (original, restored) files, and the exit status."""
+    """A folder, as the command line asks: pairs (original, restored) of files, and exit status."""
     if options.mask:
         raise ValueError("a mask belongs to one picture, not to a folder: restore that picture by itself")
     source, destination = options.source, options.destination
@@ -3665,7 +4125,7 @@ def _restore_many(options: argparse.Namespace, generator: UNetGenerator) -> tupl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns its exit status: 0; 1 if a file could not be restored; 2 if nothing could be done."""
+    """The command line; returns 0, 1 if a file was not restored, 2 if nothing could be done."""
     options = _parse(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # about pictures' metadata
     keep_freed_memory()
@@ -3699,10 +4159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-# ====== Appendix: the synthetic portraits =============================================================================
+# ====== Appendix: the synthetic portraits =========================================================
 
-# Shapes are in head units: x right, y down from between the eyes, the chin at y = 1. The average face, whose right half
-# the tables give, is painted from the front, in float32 BGR 0..1; last of all the picture is bent to the sitter's own.
+# Shapes are in head units: x right, y down from between the eyes, the chin at y = 1. The average
+# face, whose right half the tables give, is painted from the front, in float32 BGR 0..1; last of
+# all the picture is bent to the sitter's own.
 HEAD_UNIT = 0.31  # as a share of the picture
 EYES_CENTRE = np.array((0.5, 0.46))  # where the middle of the eyes is, likewise
 RELIEF_SIZE = 256  # rows and columns of the reliefs that are lit: soft light needs no more
@@ -3716,8 +4177,9 @@ def _tables(text: str) -> dict[str, np.ndarray]:
     return {name.strip(): np.array([row.split() for row in rows.split(",")], np.float64) for name, _, rows in lines}
 
 
-# Colours (BGR); outlines; patches of hair (one guide hair a row); bumps of the face (x, y, width, height, rise); how
-# faces differ (x, y, reach, usual shift right and down, by how many of these men differ from the average).
+# Colours (BGR); outlines; patches of hair (one guide hair a row); bumps of the face (x, y, width,
+# height, rise); how faces differ (x, y, reach, usual shift right and down, by how many of these men
+# differ from the average).
 PORTRAIT_TABLES = _tables("""
     skin: 33 42 66, 46 66 104, 70 98 146, 94 128 178, 122 155 205, 152 182 226, 176 198 232
     hair: 17 17 20, 24 28 40, 32 42 62, 44 66 98, 62 100 142, 100 156 196, 30 58 132
@@ -3746,7 +4208,8 @@ PORTRAIT_TABLES = _tables("""
     bumps 3: .26 -.21 .18 .06 .04, .29 .02 .1 .065 .06, .4 .24 .14 .11 .05, .43 .52 .1 .14 -.04, .6 -.33 .08 .2 -.04
     morphs: .5 .6 .2 .035 0 .5, .4 1 .25 .05 0 .8, .2 .63 .08 0 .016 0, 0 1 .25 0 .03 .2, 0 .44 .13 0 .02 .2
 """)
-# Tint of blue and green, of red; strength at twenty, what age adds; blur, width (0: an area); points on the right half.
+# Tint of blue and green, of red; strength at twenty, what age adds; blur, width (0: an area);
+# points on the right half.
 FACE_GLAZES = _tables("""
     cheek: .84 1.03, .8 0, .07 .22, .33 .27, .42 .3, .52 .33
     socket: .72 .78, .5 0, .03 .07, .14 -.03, .28 -.09, .43 -.03
@@ -3820,7 +4283,10 @@ def smooth_noise(rng: np.random.Generator, rows: int, columns: int, size: int) -
 def paint_shape(
     image: np.ndarray, outline: np.ndarray, paint: object, alpha: float = 1, blur: float = 0, glaze: bool = False
 ) -> None:
-    """Paints a shape and its mirror image, softened by `blur`, with a colour or a picture; a glaze multiplies."""
+    """Paints a shape and its mirror image, softened by `blur`, with a colour or a picture.
+
+    A glaze multiplies.
+    """
     blur, paint = blur * HEAD_UNIT * len(image), np.asarray(paint, np.float32)
     pixels = (np.stack((outline, outline * (-1, 1))) * HEAD_UNIT + EYES_CENTRE) * len(image)
     low = np.clip(pixels.min((0, 1)) - 3 * blur - 2, 0, len(image) - 1).astype(int)
@@ -3835,7 +4301,7 @@ def paint_shape(
 
 
 def paint_backdrop(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Paints a wall in cloudy light, perhaps with lamps out of focus or with hard-edged windows and shelves."""
+    """Paints a wall in cloudy light, perhaps with blurred lamps or hard-edged windows, shelves."""
     y, x = np.mgrid[-1:1:128j, -1:1:128j]
     wall = rng.choice((rng.uniform(0.05, 0.5), rng.uniform(0.4, 0.97))) + rng.normal(0, 0.03, 3)
     clouds = 0.5 + rng.uniform(-0.5, 0.5) * x + rng.uniform(-0.5, 0.5) * y + 0.15 * smooth_noise(rng, 4, 4, 128)
@@ -3852,7 +4318,7 @@ def paint_backdrop(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def round_relief(outline: np.ndarray, depth: float, bumps: np.ndarray | tuple = ()) -> np.ndarray:
-    """Relief of a body, given by the right half of its outline, with bumps: the wider, the deeper."""
+    """Relief of a body from the right half of its outline, with bumps: the wider, the deeper."""
     width = np.interp(RELIEF_Y, outline[:, 1], outline[:, 0] * 1.05 + 0.001)
     height = depth * np.sqrt(width / width.max() * np.clip(1 - np.abs(RELIEF_X / width) ** 2.4, 0, 1))
     for x, y, wide, high, rise in bumps:
@@ -3879,7 +4345,7 @@ def light_relief(sitter: Sitter, albedo: np.ndarray, height: np.ndarray, size: i
 
 
 def paint_clothes(rng: np.random.Generator, image: np.ndarray, sitter: Sitter, head: np.ndarray) -> None:
-    """Paints plain, striped, checked or dotted clothes, on which the head throws its shadow, or a suit."""
+    """Paints plain, striped, checked or dotted clothes, with the head's shadow, or a suit."""
     suit = rng.random() < 0.35
     neck = smooth_curve(PORTRAIT_TABLES["round neck" if suit else rng.choice(("round neck", "high neck", "open neck"))])
     body = smooth_curve(PORTRAIT_TABLES["body"]) * (1.03, 1) - (0, 0.04)
@@ -3923,7 +4389,7 @@ def paint_face(skin: np.ndarray, sitter: Sitter) -> None:
 
 
 def grow_hairs(rng: np.random.Generator, guides: np.ndarray, curl: float) -> tuple[np.ndarray, np.ndarray]:
-    """Grows hairs (hair, point, 2) in clumps between guide hairs (guide, point, 2); returns them and their tones."""
+    """Grows hairs (hair, point, 2) in clumps between guides; returns them and their tones."""
     place, clump = np.sort(rng.random(320)) * (len(guides) - 1.001), np.arange(320) * 26 // 320
     left, share, guides = place.astype(int), (place % 1)[:, None], guides.swapaxes(0, 1)
     lines = guides[:, left] * (1 - share) + guides[:, left + 1] * share
@@ -3938,7 +4404,7 @@ def grow_hairs(rng: np.random.Generator, guides: np.ndarray, curl: float) -> tup
 
 
 def paint_hair(rng: np.random.Generator, image: np.ndarray, sitter: Sitter, names: list[str], lit: np.ndarray) -> None:
-    """Paints patches of hair in lit colours, hair by hair; that of the head covers what is under it."""
+    """Paints patches of hair in lit colours, hair by hair; the head's covers what is under it."""
     tone, ground, cover = (np.full(image.shape[:2], value, np.uint8) for value in (50, 0, 0))
     thick = max(1, round(len(image) / 512))
     for name, side in ((name, side) for name in names for side in (-1, 1)):
@@ -3956,7 +4422,7 @@ def paint_hair(rng: np.random.Generator, image: np.ndarray, sitter: Sitter, name
 
 
 def bend_to_sitter(rng: np.random.Generator, image: np.ndarray, sitter: Sitter) -> np.ndarray:
-    """Bends the average face to the sitter's features and pose, and a little more: no face is symmetric."""
+    """Bends the average face to the sitter's, and a little more: no face is symmetric."""
     y, x = (np.mgrid[0:96, 0:96] + 0.5) / 96
     x, y = ((q - c - rng.uniform(-0.03, 0.03)) / (HEAD_UNIT * 1.09) for q, c in zip((x, y), EYES_CENTRE))
     above, tilt = np.clip((1.5 - y) / 0.9, 0, 1), rng.normal(0, 0.06)  # the shoulders stay where they are
@@ -3972,7 +4438,7 @@ def bend_to_sitter(rng: np.random.Generator, image: np.ndarray, sitter: Sitter) 
 
 
 def develop(rng: np.random.Generator, image: np.ndarray, grain: float) -> np.ndarray:
-    """Makes a photograph of a painting, float32 BGR 0..1: its blacks, whites and colours, and grain; uint8 BGR."""
+    """Photographs a painting, float32 BGR 0..1, as uint8 BGR: blacks, whites, colours, grain."""
     lowest, highest = image.min(2)[::4, ::4], image.max(2)[::4, ::4]
     low, high = np.quantile(lowest, 0.005), np.quantile(highest, 0.995)
     dark, light = np.median(lowest[: len(lowest) // 6]), np.median(highest[: len(highest) // 6])  # sky or backdrop
@@ -4018,7 +4484,7 @@ def draw_portrait(rng: np.random.Generator, size: int = 512) -> np.ndarray:
 
 
 def cloud_noise(rng, size, slope):
-    """Noise with a power spectrum of 1 / f^slope, about -1..1, float32 (size, size): clouds (2.5) to gravel (0.5)."""
+    """Noise of power spectrum 1 / f^slope (clouds 2.5, gravel 0.5), float32 (size, size)."""
     noise, weight = np.zeros((size, size), np.float32), 0.0
     for octave in range(2, int(math.log2(size)) + 1):
         amplitude = 2.0 ** (-octave * (slope - 1) / 2)
@@ -4029,7 +4495,7 @@ def cloud_noise(rng, size, slope):
 
 
 def _texture(rng: np.random.Generator, size: int, colors) -> np.ndarray:
-    """A square of cloth, bark, wall, leaves or lettering in two colours, float32 BGR (size, size, 3)."""
+    """A square of cloth, bark, wall, leaves or letters in two colours, float32 BGR."""
     kind, first, second = rng.choice(6, p=(0.2, 0.2, 0.15, 0.25, 0.1, 0.1)), *colors
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     angle, period = rng.uniform(0, math.pi), log_uniform(rng, 3, 60) * size / 512
@@ -4064,9 +4530,11 @@ def _texture(rng: np.random.Generator, size: int, colors) -> np.ndarray:
 
 
 def paint_bars(rng: np.random.Generator, image: np.ndarray, colors: Callable[[], tuple]) -> None:
-    """Beams, masts, horizons or the bars of a window: long and straight, round or bevelled, mostly upright or level.
+    """Beams, masts, horizons or the bars of a window: long and straight, round or bevelled, mostly
+    upright or level.
 
-    Into an image, float32 BGR 0..1 (size, size, 3). Without them a straight bright line would always be a scratch.
+    Into an image, float32 BGR 0..1 (size, size, 3). Without them a straight bright line would
+    always be a scratch.
     """
     size, turn, usual = len(image), rng.normal(0, 0.02), colors()[0]
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
@@ -4088,11 +4556,12 @@ def paint_bars(rng: np.random.Generator, image: np.ndarray, colors: Callable[[],
 
 
 def draw_scene(rng: np.random.Generator, size: int = 512) -> np.ndarray:
-    """Paints dead leaves (Lee, Mumford and Huang 2001): textured shapes of power-law sizes that hide each other.
+    """Paints dead leaves (Lee, Mumford and Huang 2001): textured shapes of power-law sizes that
+    hide each other.
 
-    uint8 BGR (size, size, 3). Denoisers trained on such pictures alone come close to those trained on photographs
-    (Achddou et al. 2021); here they also show the detectors what is no damage: hard edges, thin lines, letters, black,
-    white and motley areas.
+    uint8 BGR (size, size, 3). Denoisers trained on such pictures alone come close to those trained
+    on photographs (Achddou et al. 2021); here they also show the detectors what is no damage: hard
+    edges, thin lines, letters, black, white and motley areas.
     """
     contrast, vividness, middle = rng.uniform(0.25, 1), rng.beta(1.2, 2.0), rng.uniform(0.25, 0.75)
     hue = rng.uniform(0, 1, 3)

@@ -4,8 +4,10 @@ import colorsys
 import dataclasses
 import hashlib
 import io
+import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,6 +16,8 @@ from conftest import TINY, faces_in
 from PIL import Image
 
 import restoration_utils as ru
+
+ROOT = Path(__file__).parents[1]
 
 
 def grey(level, size=256):
@@ -62,6 +66,19 @@ def test_color_multiplies_s_and_v_as_colorsys_does(saturation, value):
         h, s, v = colorsys.rgb_to_hsv(*(pixel[::-1] / 255))
         expected = np.array(colorsys.hsv_to_rgb(h, min(1, s * s_factor), min(1, v * v_factor)))[::-1] * 255
         assert np.abs(changed - expected).max() <= 0.5001  # of rounding
+
+
+def test_the_fast_fading_equals_the_plain_one_in_hsv_of_notebook_01():
+    cells = json.loads((ROOT / "notebooks" / "01_create_degraded_images.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    scope = {"cv2": cv2, "np": np}
+    exec(next(source for source in sources if "def fade_in_hsv" in source).partition("\n\n\n")[0], scope)
+    image = np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        slow = scope["fade_in_hsv"](image, rng.uniform(*TINY.saturation), rng.uniform(*TINY.value))
+        fast = ru.distort_colors(image, np.random.default_rng(seed), TINY)
+        assert np.abs(fast.astype(int) - slow).max() <= 1 and (fast != slow).mean() < 0.001
 
 
 def test_color_factors_cover_their_ranges_and_bright_pixels_do_not_wrap():

@@ -24,6 +24,7 @@ from conftest import TINY, anonymous_memory, faces_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 from sabotage import SABOTAGES
 from torchvision import transforms
@@ -227,13 +228,20 @@ def test_killed_while_it_was_degraded_with_other_settings_nothing_is_mixed(faces
             raise KeyboardInterrupt
         written.append(write_image(*arguments))
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(ru.Interrupted, match=r"is kept in .*Run it again") as stopped:
         patch.setattr(ru, "write_image", dying)
         ru.degrade_folder(faces, tmp_path / "d", dataclasses.replace(TINY, seed=1), workers=1)
+    assert len(stopped.value._render_traceback_()) == 1  # one line in a notebook
     now = {path.name: path.read_bytes() for path in (tmp_path / "d").glob("*.jpg")}
     assert sum(now[name] != before[name] for name in before) == 13
     assert ru.degrade_folder(faces, tmp_path / "d", TINY)[:2] == (4, 6)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "d").glob("*.jpg")}
+
+
+def test_somebody_who_interrupts_a_notebook_reads_one_line(capsys):
+    shell = InteractiveShell()
+    shell.run_cell("import restoration_utils as ru\nraise ru.Interrupted('all is kept')")
+    assert capsys.readouterr().out.strip() == "Interrupted: all is kept"
 
 
 def test_leftovers_of_killed_runs_are_swept_out_but_not_what_is_being_written(tmp_path):

@@ -1,10 +1,14 @@
 """All six notebooks, executed in order as a reader or CI does, and what they promise to write."""
 
+import inspect
 import json
+import operator
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +32,10 @@ PROMISED = [  # every file name of the description
 
 
 def copy_module(folder):
-    """The module, and the measuring harness that notebook 06 uses, where they lie in the repository."""
+    """The module, its weights and the measuring harness that notebook 06 uses, as they lie in the repository."""
     shutil.copy(ROOT / "restoration_utils.py", folder)
+    (folder / "outputs").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "outputs" / "restoration_weights.pth", folder / "outputs")
     shutil.copytree(ROOT / "tests" / "benchmarks", folder / "tests" / "benchmarks")
 
 
@@ -45,8 +51,19 @@ def execute(notebooks, folder, timeout=600, **variables):
         assert done.returncode == 0, done.stderr[-3000:]
 
 
+def cells_of(notebook, kind):
+    return ["".join(c["source"]) for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == kind]
+
+
 def outputs_of(notebook):
     return [output for cell in json.loads(notebook.read_text())["cells"] for output in cell.get("outputs", [])]
+
+
+def assert_every_figure_says_what_it_shows(notebook):
+    data = [output.get("data", {}) for output in outputs_of(notebook)]
+    images = re.findall("<img[^>]*", "".join("".join(part.get("text/html", "")) for part in data))
+    assert images and not [part for part in data if {"image/png", "image/jpeg"} & part.keys()]
+    assert all(re.search('alt="[^"]+"', image) for image in images)
 
 
 def assert_promises(outputs, degraded, folder):
@@ -55,6 +72,7 @@ def assert_promises(outputs, degraded, folder):
     for kind in ru.KINDS:
         assert list(degraded.glob(f"*_{kind}.jpg"))
     for notebook in sorted(folder.glob("0*.ipynb")):
+        assert_every_figure_says_what_it_shows(notebook)
         assert not [o for o in outputs_of(notebook) if o.get("name") == "stderr" or o["output_type"] == "error"]
 
 
@@ -68,7 +86,72 @@ def test_there_are_six_with_one_setup_cell_and_outputs_of_one_clean_run():
         assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
         assert not [o for o in outputs_of(path) if o.get("name") == "stderr" or o["output_type"] == "error"]
         assert path.stat().st_size < 1_500_000
+        assert_every_figure_says_what_it_shows(path)
     assert len(setups) == 1
+    lines = [line for line in setups.pop().splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 6
+
+
+def test_listings_fit_a_page_of_100_columns():
+    listed = 0
+    for path in NOTEBOOKS:
+        for call in re.findall(r"ru\.listing\(([^)]*)\)", "\n".join(cells_of(path, "code"))):
+            for name in re.findall(r"ru\.([\w.]+)", call):
+                source = inspect.getsource(operator.attrgetter(name)(ru))
+                wide = [line for line in textwrap.dedent(source).splitlines() if len(line) > 100]
+                assert not wide, f"{path.name}: {name}: {wide}"
+                listed += 1
+    assert listed > 15
+
+
+def anchors_of(path, text):
+    """The anchors of a text's headings, as GitHub makes them for the README and Jupyter for notebooks."""
+    headings = re.findall(r"^#+ +(.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    if path.suffix == ".ipynb":
+        return {heading.replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *NOTEBOOKS], ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = path.read_text() if path.suffix == ".md" else "\n\n".join(cells_of(path, "markdown"))
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", prose)
+    assert len(links) > 5
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in anchors_of(path, text), link
+        elif not link.startswith("https://"):
+            assert (path.parent / link.partition("#")[0]).is_file(), link
+    repositories = re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?:/blob|[\s)`;]|$)", text)
+    assert set(repositories) <= {repository_of_readme()}  # set in one place
+    if path.suffix == ".ipynb":
+        others = {other.name for other in NOTEBOOKS} - {path.name}
+        assert all(links.count(other) >= 2 for other in others)  # at the top and at the bottom
+        assert sum(f"main/notebooks/{path.name}" in link for link in links) == 2  # Colab and Kaggle
+
+
+def repository_of_readme():
+    return re.search(r"git clone https://github\.com/([\w.-]+/[\w.-]+)", (ROOT / "README.md").read_text())[1]
+
+
+def test_the_readme_is_short_for_those_who_only_want_to_use_it():
+    text, _, _ = (ROOT / "README.md").read_text().partition("## For maintainers")
+    english, _, _ = text.partition("## Tóm tắt")
+    prose = re.sub(r"```.*?```|\]\([^)]*\)|[|·]|:?-{3,}:?", " ", english, flags=re.DOTALL)
+    assert 500 < len(prose.split()) <= 1200
+
+
+def test_html_is_made_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "html", "--output-dir", str(tmp_path)]
+    done = subprocess.run([*command, *map(str, NOTEBOOKS)], capture_output=True, text=True)
+    assert done.returncode == 0 and len(list(tmp_path.glob("*.html"))) == 6
+    assert "warning" not in done.stderr.lower()
+    for notebook in NOTEBOOKS:  # what is listed stands there with a fixed width, and coloured
+        listings = "\n".join(cells_of(notebook, "code")).count("ru.listing(")
+        page = (tmp_path / f"{notebook.stem}.html").read_text()
+        block = r'<pre style="font-family:monospace[^>]*><span[^>]*></span><span style="color'
+        assert len(re.findall(block, page)) == listings
 
 
 def test_smoke_profile_runs_all_six_in_order(tmp_path):

@@ -1,8 +1,14 @@
 """Metrics against independent references, and restoring image files of all sorts."""
 
+import html
+import itertools
+import re
+
 import cv2
+import matplotlib
 import numpy as np
 import pytest
+import skimage.color
 import torch
 from conftest import TINY, Stub
 from PIL import Image
@@ -70,6 +76,90 @@ def test_samples_keep_their_own_range_and_rows(run, pairs):
     grid = ru.read_image(run.outputs / "s.png")
     assert grid.shape == (768, 512, 3)
     assert [int(grid[y].mean()) for y in (10, 300, 600)] == [64, 64, 191]
+
+
+def samples_in(folder, epochs=3, faces=3):
+    """Files of `save_samples`: in each epoch another grey is what is restored, and the degraded one has a hole."""
+    degraded, original = torch.full((2, 4 * faces, 3, 256, 256), 0.5)
+    degraded[:, :, 150:200, 40:90] = -1
+    files = {f"epoch {epoch}": folder / f"s_{epoch}.png" for epoch in range(1, epochs + 1)}
+    for epoch, file in enumerate(files.values(), 1):
+        ru.save_samples(torch.nn.Threshold(9, -0.2 * epoch), (degraded, original), file)  # all become that value
+    return files
+
+
+def test_an_animation_shows_damaged_every_epoch_and_original(tmp_path):
+    shown = ru.animate_samples(samples_in(tmp_path), ru.KINDS, tmp_path / "a.webp")
+    with Image.open(tmp_path / "a.webp") as movie:
+        assert (movie.n_frames, movie.size) == (5, (800, 3 * 200 + 56))
+        levels = []
+        for number in range(5):
+            movie.seek(number)
+            levels.append(np.asarray(movie.convert("RGB"))[56 + 210 : 56 + 390, 10:190].mean())
+    flat = 255 * 0.75
+    assert flat * 0.8 < levels[0] < flat - 3  # with a hole
+    assert levels[1:] == pytest.approx([127.5 * (1 - 0.2 * epoch) for epoch in (1, 2, 3)] + [flat], abs=3)
+    assert 'alt="Animation' in shown.data and "data:image/webp;base64," in shown.data
+    assert (tmp_path / "a.webp").stat().st_size < 10**6
+
+
+def test_samples_are_shown_closely_where_the_damage_is(tmp_path):
+    files = samples_in(tmp_path)
+    figure = ru.show_samples(files, [0, 5], ["noisy", "color"], alt="two faces")
+    assert figure.get_label() == "two faces" and len(figure.axes) == 2 * 5
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["noisy", "color"]
+    assert [axis.get_ylabel() for axis in figure.axes[::2]] == ["degraded", *files, "original"]
+    closely = ru.show_samples(files, [0], closely=True).axes[0].images[0].get_array()
+    assert closely.shape == (77, 77, 3) and (closely == 0).mean() > 0.4  # all 50 x 50 px of the hole are in it
+
+
+def test_the_interesting_square_holds_what_differs_most():
+    before = np.full((100, 140, 3), 90, np.uint8)
+    after = before.copy()
+    after[60:70, 100:110] = 200
+    rows, columns = ru.interesting_square(before, after, 0.3)
+    assert rows.stop - rows.start == columns.stop - columns.start == 30
+    assert rows.start <= 60 and rows.stop >= 70 and columns.start <= 100 and columns.stop >= 110
+
+
+def test_listings_are_code_blocks_and_fold_away():
+    shown = ru.listing(ru.DecoderLayer, ru.UNetGenerator.features).data
+    assert "monospace" in shown and "<details>" not in shown
+    text = html.unescape(re.sub("<[^>]*>", "", shown))
+    assert text.strip().startswith("class DecoderLayer(nn.Sequential):\n    ") and "\n\ndef features(self" in text
+    folded = ru.listing(ru.recolor, folded=True).data
+    assert folded.startswith("<details><summary>Source of <code>recolor</code></summary>")
+    assert "recolor" in folded.partition("</summary>")[2] and folded.endswith("</details>")
+
+
+def test_samples_of_different_numbers_of_faces_are_shown_together(tmp_path):
+    two, three = samples_in(tmp_path / "2", 1, 2), samples_in(tmp_path / "3", 1, 3)
+    files = {"before": two["epoch 1"], "after": three["epoch 1"]}
+    assert len(ru.show_samples(files, [0, 5, 10]).axes) == 2 * 4
+    ru.animate_samples(files, ru.KINDS, tmp_path / "a.webp")
+    with Image.open(tmp_path / "a.webp") as movie:
+        assert movie.size == (800, 2 * 200 + 56)
+
+
+# how the three kinds of colour-blind eyes see linear RGB (Machado, Oliveira and Fernandes 2009, severity 1)
+PROTANOPIA = (0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)
+DEUTERANOPIA = (0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)
+TRITANOPIA = (1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)
+
+
+def closest_colors(style, eyes, count=4):
+    """How far apart the two most similar of a style's first colours are to these eyes (CIEDE2000; 1 is just seen)."""
+    cycle = matplotlib.style.library[style]["axes.prop_cycle"].by_key()["color"][:count]
+    rgb = np.array([matplotlib.colors.to_rgb(color) for color in cycle])
+    seen = (np.array(eyes) @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4).T).T.clip(0, 1)
+    lab = skimage.color.rgb2lab(np.where(seen <= 0.0031308, seen * 12.92, 1.055 * seen ** (1 / 2.4) - 0.055)[None])[0]
+    return min(skimage.color.deltaE_ciede2000(a, b) for a, b in itertools.combinations(lab, 2))
+
+
+@pytest.mark.parametrize("eyes", [PROTANOPIA, DEUTERANOPIA, TRITANOPIA], ids=["protan", "deutan", "tritan"])
+def test_curves_can_be_told_apart_by_colour_blind_eyes(eyes):
+    assert closest_colors(ru.CURVE_COLORS, eyes) > 15
+    assert closest_colors("classic", PROTANOPIA) < 15  # not every style would do
 
 
 MODES = ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16"]
