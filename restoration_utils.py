@@ -4120,6 +4120,8 @@ def _restore_many(options: argparse.Namespace, generator: UNetGenerator) -> tupl
     now = sum(report.done and not math.isnan(report.seconds) for report in reports)
     left = len(reports) - now - len(failed)
     print(f"{now} restored, {left} there already, {len(failed)} not restored; see {destination / REPORT}")
+    if left:
+        print("To restore again what is there already, with other options, say --overwrite")
     pairs = [(path, target) for path, target in plan_folder(source, destination, options.format)[0] if target.exists()]
     return pairs, int(bool(failed))
 
