@@ -40,6 +40,8 @@ SABOTAGES = (
              'torch.manual_seed(derive_seed(settings.seed, "generator"))', "building_is_seeded"),
     Sabotage("random state of an epoch not set", "                torch.manual_seed("
              "derive_seed(self.run.settings.seed, self.name, self.epoch))\n", "", "four_epochs"),
+    Sabotage("lock left to the garbage collector", "    finally:\n        lock.release()\n", "",
+             "while_it_was_degraded"),
     Sabotage("no os.replace", 'temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")',
              "temporary = path", "atomic"),
     Sabotage("weights_only", "weights_only=True", "weights_only=False", "hostile or code_in_a_checkpoint"),
