@@ -259,10 +259,14 @@ def in_notebook() -> bool:
     return hasattr(ipython, "get_ipython") and hasattr(ipython.get_ipython(), "kernel")
 
 
+def data_uri(kind: str, content: bytes) -> str:
+    """An image file's content as an address, so that a page needs no other file."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def image_element(kind: str, content: bytes, text: str) -> str:
     """An image file's content as an HTML element; `text` says what is to be seen."""
-    data = base64.b64encode(content).decode()
-    return f'<img alt="{html.escape(text)}" style="max-width:100%" src="data:image/{kind};base64,{data}">'
+    return f'<img alt="{html.escape(text)}" style="max-width:100%" src="{data_uri(kind, content)}">'
 
 
 CURVE_COLORS = "tableau-colorblind10"  # Matplotlib's style of that name: for all eyes
@@ -3876,7 +3880,8 @@ def show_samples(
     chosen = [x for x in chosen if x < fewest]
     columns = [[tiles[0][0][x], *(rows[1][x] for rows in tiles), tiles[0][2][x]] for x in chosen]
     if closely:
-        columns = [[image[interesting_square(c[0], c[-1])] for image in c] for c in columns]
+        squares = [interesting_square(column[0], column[-1]) for column in columns]
+        columns = [[image[square] for image in column] for square, column in zip(squares, columns)]
     return show_images(columns, ["degraded", *samples, "original"], titles=titles, alt=alt)
 
 
@@ -4024,7 +4029,7 @@ def compare_slider(before: np.ndarray, after: np.ndarray, caption: str = "", lon
         scale = min(1, longest / max(image.shape[:2]))
         small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
         content = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
-        sources.append("data:image/jpeg;base64," + base64.b64encode(content).decode())
+        sources.append(data_uri("jpeg", content))
     name = f"compare-{fingerprint(*sources, caption)}"
     return SLIDER.format(
         name=name, before=sources[0], after=sources[1], width=small.shape[1], caption=html.escape(caption)
