@@ -3787,11 +3787,14 @@ def write_sheets(pairs: Sequence[tuple[Path, Path]], folder: Path) -> list[Path]
     for first in range(0, len(pairs), PAIRS_ON_A_SHEET):
         names = [restored.relative_to(folder).as_posix() for _, restored in pairs[first : first + PAIRS_ON_A_SHEET]]
         rows = math.ceil(len(names) / 2)
-        sheet = Image.new("RGB", (2 * (4 * TILE + 20), rows * (TILE + 30)), "white")
+        sheet = Image.new("RGB", (2 * (4 * TILE + 20), rows * (TILE + 30) + 25), "white")
+        draw_text = functools.partial(ImageDraw.Draw(sheet).text, fill="black", font=font)
+        for column, heading in enumerate(2 * ("before", "after", "before, enlarged", "after, enlarged")):
+            draw_text((column * TILE + column // 4 * 20, 2), heading)
         for number, (name, strip) in enumerate(zip(names, strips)):
-            x, y = number % 2 * (4 * TILE + 20), number // 2 * (TILE + 30)
+            x, y = number % 2 * (4 * TILE + 20), number // 2 * (TILE + 30) + 25
             sheet.paste(to_pil(strip), (x, y + 25))
-            ImageDraw.Draw(sheet).text((x, y + 2), name[-100:], fill="black", font=font)
+            draw_text((x, y + 2), name[-100:])
         sheets.append(folder / f"{SHEETS}_{first // PAIRS_ON_A_SHEET + 1:02d}.jpg")
         write_image(sheets[-1], cv2.cvtColor(np.asarray(sheet), cv2.COLOR_RGB2BGR))
     return sheets

@@ -373,7 +373,7 @@ def test_sheets_have_twenty_pairs_and_show_what_changed_most(tmp_path):
         ru.write_image(tmp_path / "out" / f"{number:02d}.png", after)
     pairs = [(path, tmp_path / "out" / path.name) for path in sorted((tmp_path / "in").iterdir())]
     sheets = ru.write_sheets(pairs, tmp_path / "out")
-    assert [ru.read_image(path).shape[0] for path in sheets] == [10 * (ru.TILE + 30), ru.TILE + 30]
+    assert [ru.read_image(path).shape[0] for path in sheets] == [10 * (ru.TILE + 30) + 25, ru.TILE + 30 + 25]
     strip = ru.before_and_after(*pairs[0])
     assert strip.shape == (ru.TILE, 4 * ru.TILE, 3) and strip[:, 3 * ru.TILE :].max() > 245 > strip[:, : ru.TILE].min()
 
