@@ -2317,7 +2317,7 @@ class Stage:
         values = "  ".join(f"{name} {value:.3g}" for name, value in row.items())
         seconds = self.history[-1]["seconds"]
         end = time.strftime("%H:%M", time.localtime(time.time() + (self.total - self.epoch) * seconds))
-        print(f"epoch {self.epoch:2d}/{self.total}  {values}  {seconds:.0f} s, all until {end}")
+        print(f"epoch {self.epoch:2d}/{self.total}  {values}  {seconds:.0f} s, done by about {end}")
 
 
 @contextlib.contextmanager
@@ -3945,7 +3945,7 @@ def _plot_curves(history: Sequence[Mapping], panels: Mapping[str, Mapping[str, s
 def plot_pretrain_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
     """The pretraining's L1 + 0.1 MSE, and what the heads learn from, drawn and saved as `path`."""
     curves = {"loss": "training", "val_loss": "validation (averaged weights)"}
-    panels = {"Pretraining: L1 + 0.1 MSE": curves, "holes, found": {"holes": "training"}}
+    panels = {"Pretraining: L1 + 0.1 MSE": curves, "loss of the hole detection": {"holes": "training"}}
     panels |= {"colour lessons": {"color": "training"}, "grain lessons": {"grain": "training"}}
     return _plot_curves(history, panels, path)
 
@@ -3956,7 +3956,7 @@ def plot_gan_losses(history: Sequence[Mapping], path: Path) -> plt.Figure:
         "Discriminator (0.25: it cannot tell)": {"d_real": "on real pairs", "d_fake": "on fake pairs"},
         "Generator, adversarial": {"g_adv": "(D(fake) - 1)²"},
         "Generator, L1": {"g_l1": "training", "val_l1": "validation (averaged weights)"},
-        "holes, found": {"holes": "training"},
+        "loss of the hole detection": {"holes": "training"},
     }
     return _plot_curves(history, panels, path)
 

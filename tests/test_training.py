@@ -366,7 +366,7 @@ def test_a_training_says_when_it_ends_and_stops_within_its_time(run, pairs, plac
     train = pretrain if stage == "pretrain" else train_gan
     train(with_settings(run, **CHANGES), pairs)
     whole = capsys.readouterr().out
-    assert whole.count("s, all until ") == 4 and "stopped" not in whole
+    assert whole.count("s, done by about ") == 4 and "stopped" not in whole
     moved = run._replace(places=places._replace(outputs=tmp_path / "second"))
     with pytest.raises(TimeoutError, match="1e-09 hours are over; run this in a new session"):
         train(with_settings(moved, **CHANGES, time_budget=1e-9), pairs)
