@@ -32,10 +32,11 @@ PROMISED = [  # every file name of the description
 
 
 def copy_module(folder):
-    """The module, its weights and the measuring harness that notebook 06 uses, as they lie in the repository."""
+    """The module, its weights, a figure and the measuring harness that notebook 06 uses, as in the repository."""
     shutil.copy(ROOT / "restoration_utils.py", folder)
     (folder / "outputs").mkdir(exist_ok=True)
-    shutil.copy(ROOT / "outputs" / "restoration_weights.pth", folder / "outputs")
+    for name in ("restoration_weights.pth", "example_colouring.jpg"):
+        shutil.copy(ROOT / "outputs" / name, folder / "outputs")
     shutil.copytree(ROOT / "tests" / "benchmarks", folder / "tests" / "benchmarks")
 
 
