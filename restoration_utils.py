@@ -36,6 +36,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -48,6 +49,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -63,7 +65,9 @@ from matplotlib import font_manager
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from scipy import ndimage
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -169,7 +173,7 @@ PROFILES = {
 # the pair as it is.
 PLAIN = {"plain": True, "heads_weight": 0.0, "color_lessons": 0, "grain_lessons": 0, "ema": 0.0, "shift": 0}
 PLAIN |= {"kinds": KINDS[:3], "scenes": 0, "windows": 0, "undamaged": False}
-VARIABLES = tuple(f"RESTORATION_{name}" for name in ("PROFILE", "PLAIN", "STRICT", "FACES"))
+VARIABLES = tuple(f"RESTORATION_{name}" for name in ("PROFILE", "PLAIN", "STRICT", "FACES", "PROCESSES"))
 
 
 def is_on(variable: str) -> bool:
@@ -322,6 +326,7 @@ def check(claim: str, holds: bool, settings: Settings) -> None:
 # ====== Files =====================================================================================
 
 PARTIAL = ".partial-"  # how the names of files begin that are not yet whole
+RELAYED = "\x1e"  # how the lines begin that replace one another, from a process to the one that started it
 
 
 def derive_seed(*parts: object) -> int:
@@ -433,13 +438,25 @@ class CellLine(io.TextIOBase):
         return len(text)
 
 
+class RelayedLine(io.TextIOBase):
+    """tqdm's newest line, marked, for the process that has started this one."""
+
+    def write(self, text: str) -> int:
+        """Prints the line."""
+        if line := text.strip("\r\n "):
+            print(RELAYED + line, flush=True)
+        return len(text)
+
+
 def progress(label: str, total: int, unit: str, initial: int = 0):
     """A tqdm bar: a line in notebook cells, live on a terminal, none in a log or without stderr."""
     from tqdm import tqdm
 
-    options = {"disable": sys.stderr is None or not sys.stderr.isatty()}
+    options = {"disable": sys.stderr is None or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"}
     if in_notebook():
         options = {"file": CellLine(), "ascii": " -#"}
+    elif "_RESTORATION_RELAY" in os.environ:
+        options = {"file": RelayedLine(), "ascii": " -#"}
     return tqdm(desc=label, total=total, unit=unit, initial=initial, mininterval=0.5, **options)
 
 
@@ -2013,6 +2030,121 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
         return PatchGANDiscriminator(settings.discriminator_width, settings.plain)
 
 
+# ====== Several processes =========================================================================
+
+
+class Team(NamedTuple):
+    """The processes that train together, one for each GPU; alone, this one.
+
+    DistributedDataParallel (Li et al. 2020) adds up what they learn. All of them know and decide
+    the same; each computes its share of every batch, and only the first, of `rank` 0, writes and
+    prints.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None  # of torch.distributed; its operations wait half a minute at most
+
+    def share(self, items: Sequence, batch: int) -> tuple[Sequence, int]:
+        """This process's items of a sequence that is read in batches, and how many are a batch.
+
+        Batches are as large as ever, all shares taken together. If there are too few items for one,
+        every process gets them all, and computes the same as the others.
+        """
+        if self.size == 1 or len(items) < batch:
+            return items, batch
+        return items[: len(items) // batch * batch][self.rank :: self.size], batch // self.size
+
+    def mine(self, items: Sequence) -> Sequence:
+        """This process's share of items that are only looked at: no item twice, none left out."""
+        return items[self.rank :: self.size]
+
+    def part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's rows of tensors that all have; all of them if they cannot be shared."""
+        even = all(len(tensor) % self.size == 0 for tensor in tensors.values())
+        return {name: tensor[self.rank :: self.size] if even else tensor for name, tensor in tensors.items()}
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process gives here, for all of them."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, 0, self.group)
+        return values[0]
+
+    def alone_in(self, folder: Path) -> contextlib.AbstractContextManager:
+        """`alone_in` for all of them, by the first."""
+        return contextlib.nullcontext() if self.rank else alone_in(folder)
+
+    @contextlib.contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """The first process goes through this block before the others, who may need its files."""
+        if self.rank > 0:
+            dist.barrier()
+        yield
+        if self.rank == 0 and self.size > 1:
+            dist.barrier()  # which may wait for a slow disk: not in the group, whose operations wait 30 s
+
+    def wrap(self, network: nn.Module, **options: Any) -> nn.Module:
+        """The network to train with: after `backward` all have the mean of their gradients.
+
+        On GPUs batch norm is over the whole batch (SyncBatchNorm); on CPUs, for which there is
+        none, over this process's share, and the first one's statistics are kept.
+        """
+        if self.size == 1:
+            return network
+        if next(network.parameters()).is_cuda:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network, self.group)
+        options |= {"process_group": self.group, "broadcast_buffers": False}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the option has another name in the newest PyTorch
+            return DistributedDataParallel(network, **options)
+
+    def unite(self, network: nn.Module) -> None:
+        """Gives all processes the first one's batch-norm statistics."""
+        for buffer in network.buffers() if self.size > 1 else ():
+            dist.broadcast(buffer, 0, self.group)
+
+
+ALONE = Team()
+
+
+class Computation(nn.Module):
+    """Any function of a network as a `forward`: DistributedDataParallel sees to nothing else."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, function: Callable, *arguments: Any) -> Any:
+        """`function` of the network."""
+        return function(self.network, *arguments)
+
+
+def compute(function: Callable, network: nn.Module, *arguments: Any) -> Any:
+    """`function(network, *arguments)`, also for a network within a `Computation`."""
+    if isinstance(network, Computation | DistributedDataParallel):
+        return network(function, *arguments)
+    return function(network, *arguments)
+
+
+def join_team(device: torch.device) -> Team:
+    """The processes that `torch.distributed.run` has started, this one among them; or it alone.
+
+    They may have to wait for the first, which prepares the data, but not for more than an hour.
+    """
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if size == 1:
+        return Team()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return Team(rank, size, dist.new_group(timeout=timedelta(seconds=30)))
+
+
 # ====== Checkpoints ===============================================================================
 
 CHECKPOINT_FORMAT = "face-restoration-6"
@@ -2032,6 +2164,7 @@ class Run(NamedTuple):
     device: torch.device
     faces: str  # faces_id of all pairs
     begun_from: str = ""  # weights_id of the generator that the GAN training starts from; empty: not looked at
+    team: Team = ALONE
 
     @property
     def outputs(self) -> Path:
@@ -2195,9 +2328,9 @@ class Means:
     Every batch counts by its size, so a short last one does not distort them.
     """
 
-    def __init__(self, where: str, precision: Precision | None = None) -> None:
+    def __init__(self, where: str, precision: Precision | None = None, team: Team = ALONE) -> None:
         self.where, self.batches, self.sums, self.counts = where, 0, Counter(), Counter()
-        self.scaled = precision is not None and precision.scaler.is_enabled()
+        self.scaled, self.team = precision is not None and precision.scaler.is_enabled(), team
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
         """Counts a batch's mean losses for its `images`.
@@ -2213,8 +2346,13 @@ class Means:
             self.result()
 
     def result(self) -> dict[str, float]:
-        """The means so far. Raises FloatingPointError, saying where, if one is not finite."""
-        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        """The means so far, over all processes.
+
+        Raises FloatingPointError, saying where, if one is not finite.
+        """
+        sums = torch.stack([*self.sums.values()])
+        counts = torch.stack([torch.as_tensor(self.counts[name]).to(sums) for name in self.sums])
+        means = dict(zip(self.sums, (self.team.total(sums) / self.team.total(counts)).tolist()))
         if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
             raise FloatingPointError(f"{self.where}: the loss {', '.join(bad)} is not finite. {ADVICE}")
         return means
@@ -2232,7 +2370,7 @@ class Stage:
 
     def __init__(self, name: str, epochs: int, batch: int, train: list[Pair], run: Run, state: dict[str, Any]) -> None:
         self.name, self.total, self.batch, self.train, self.run, self.state = name, epochs, batch, train, run, state
-        self.per_epoch = len(make_loader(train, batch, run.device, training_order(len(train), run.settings, name, 0)))
+        self.per_epoch = max(1, len(train) // batch)
         self.history: list[dict] = []  # a dict for each epoch
         self.last, self.previous = (run.outputs / f"{name}_{which}.pth" for which in ("last", "previous"))
 
@@ -2284,7 +2422,7 @@ class Stage:
         done = len(self.history)
         with progress(self.name, self.total * self.per_epoch, "batch", done * self.per_epoch) as self.bar:
             for epoch in range(done + 1, self.total + 1):
-                left = 3600 * budget - (time.time() - session)
+                left = self.run.team.from_first(3600 * budget - (time.time() - session))
                 if left <= 0 and not self.history:
                     raise TimeoutError(f"{self.name}: {budget:g} hours are over; run this in a new session")
                 if left <= (self.history[-1]["seconds"] if epoch > done + 1 else 0):
@@ -2298,13 +2436,24 @@ class Stage:
     def batches(self) -> Iterator[tuple]:
         """The batches of this epoch, in its own order."""
         order = training_order(len(self.train), self.run.settings, self.name, self.epoch)
-        for batch in make_loader(self.train, self.batch, self.run.device, order):
+        order, size = self.run.team.share(order, self.batch)
+        for batch in make_loader(self.train, size, self.run.device, order):
             yield batch
             self.bar.update()
 
     def save(self, row: Mapping[str, float]) -> None:
         """Ends the epoch: its row goes into the history, all is saved, a line is printed."""
         self.history.append({"epoch": self.epoch, **row, "seconds": time.perf_counter() - self.started})
+        with self.run.team.first_goes_ahead():
+            if self.run.team.rank == 0:
+                self._write()
+        values = "  ".join(f"{name} {value:.3g}" for name, value in row.items())
+        seconds = self.history[-1]["seconds"]
+        end = time.strftime("%H:%M", time.localtime(time.time() + (self.total - self.epoch) * seconds))
+        print(f"epoch {self.epoch:2d}/{self.total}  {values}  {seconds:.0f} s, done by about {end}")
+
+    def _write(self) -> None:
+        """Saves the state and the history; the state before stays, too."""
         if self.last.is_file():
             self.previous.unlink(missing_ok=True)
             try:
@@ -2314,10 +2463,6 @@ class Stage:
         state = {name: holder.state_dict() for name, holder in self.state.items()}
         save_checkpoint(self.last, self.run, history=self.history, **state)
         write_json(self.run.outputs / f"{self.name}_history.json", self.history)
-        values = "  ".join(f"{name} {value:.3g}" for name, value in row.items())
-        seconds = self.history[-1]["seconds"]
-        end = time.strftime("%H:%M", time.localtime(time.time() + (self.total - self.epoch) * seconds))
-        print(f"epoch {self.epoch:2d}/{self.total}  {values}  {seconds:.0f} s, done by about {end}")
 
 
 @contextlib.contextmanager
@@ -2350,6 +2495,22 @@ def adam(
     if fast:
         groups[-1]["largest_norm"] = heads_norm
     return torch.optim.Adam(groups, lr, betas, fused=True)
+
+
+def prepare_training(
+    network: nn.Module,
+    run: Run,
+    lr: float,
+    lr_step: int,
+    **options: Any,
+) -> tuple[torch.optim.Adam, StepLR, Precision]:
+    """A network's optimizer (`adam`, with these options), the schedule of its learning rate, and
+    its precision, once it is on the run's device.
+    """
+    network.to(run.device, memory_format=torch.channels_last)
+    optimizer = adam(network, lr, **options)
+    schedule = StepLR(optimizer, lr_step, run.settings.lr_gamma)
+    return optimizer, schedule, Precision(run.device, run.settings.mixed_precision)
 
 
 def average_of(network: nn.Module, decay: float) -> AveragedModel:
@@ -2388,9 +2549,18 @@ def image_losses(restored: Tensor, original: Tensor) -> dict[str, Tensor]:
     return {"l1": F.l1_loss(restored, original), "mse": F.mse_loss(restored, original)}
 
 
-def validation_losses(generator: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """L1 and MSE over a validation set: means over its images, in eval mode."""
-    means = Means("validation")
+def validation_losses(
+    generator: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    team: Team = ALONE,
+) -> dict[str, float]:
+    """L1 and MSE over a validation set: means over its images, in eval mode.
+
+    In a team the loader has this process's share of them (`Team.mine`).
+    """
+    team.unite(generator)
+    means = Means("validation", team=team)
     with evaluating(generator):
         for batch in loader:
             degraded, original, _ = to_device(batch, device)
@@ -2419,6 +2589,86 @@ def save_samples(generator: nn.Module, samples: tuple[Tensor, Tensor], path: Pat
         rows = torch.cat([degraded, generator(degraded), original])
     with atomic(path) as temporary:
         save_image(rows, temporary, nrow=len(degraded), padding=0, normalize=True, value_range=(-1, 1))
+
+
+# ====== Starting several processes ================================================================
+
+
+def processes_to_start(run: Run) -> int:
+    """How many processes shall train: RESTORATION_PROCESSES, or as many as there are GPUs.
+
+    They are as many as can share both trainings' batches equally: of 8 and 4 pictures, 1, 2 or 4.
+    """
+    if "WORLD_SIZE" in os.environ:  # this is one of several
+        return 1
+    wanted = os.environ.get("RESTORATION_PROCESSES") or torch.cuda.device_count() * (run.device.type == "cuda") or 1
+    if not str(wanted).isdecimal() or int(wanted) < 1:
+        raise ValueError(f"RESTORATION_PROCESSES={wanted}: give a whole number, 1 or more")
+    together = math.gcd(run.settings.pretrain_batch, run.settings.gan_batch)
+    return max(number for number in range(1, together + 1) if together % number == 0 and number <= int(wanted))
+
+
+def train_in_processes(
+    stage: str,
+    networks: Sequence[nn.Module],
+    train: list[Pair],
+    validation: list[Pair],
+    run: Run,
+) -> None:
+    """Trains a stage in several processes where there are several GPUs; what they write is then to
+    be loaded.
+
+    They run this module's command `train` under `torch.distributed.run`: a notebook's own process
+    cannot be forked once it has used a GPU. RuntimeError, with the reason, if one of them fails;
+    all of them end then, and also if this process does.
+    """
+    if (count := processes_to_start(run)) == 1:
+        return
+    print(f"{stage}: training in {count} processes")
+    threads = max(1, torch.get_num_threads() // count)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"_RESTORATION_RELAY": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        job, log = Path(folder) / "job.pt", Path(folder) / "log.txt"
+        torch.save([(stage, run, [network.state_dict() for network in networks], train, validation)], job)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command += [__file__, "train", "--job", str(job)]
+        with log.open("w") as errors:
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        try:
+            show_relayed(child.stdout)
+            failed = child.wait()
+        except KeyboardInterrupt:
+            raise Interrupted(f"what is finished is kept in {run.outputs}. Run it again: it goes on") from None
+        finally:
+            child.terminate()
+            child.wait()
+        if failed:
+            reason = failure_reason(log.read_text())
+            raise RuntimeError(f"{stage}: a process failed, and all were ended: {reason}")
+
+
+def show_relayed(lines: Iterable[str]) -> None:
+    """Prints another process's lines as they come; those of its progress (RELAYED) in one place."""
+    bar = None
+    for line in lines:
+        if not line.startswith(RELAYED):
+            print(line, end="", flush=True)
+        elif in_notebook():
+            bar = bar or CellLine()
+            bar.write(line[1:])
+        elif sys.stderr and sys.stderr.isatty():
+            print(f"\r{line[1:-1]}", end="", file=sys.stderr)
+
+
+def failure_reason(log: str) -> str:
+    """Why the processes have ended, from what they and `torch.distributed.run` have written."""
+    ended_after = {"SIGTERM", *re.findall(r"Unable to shutdown process (\d+)", log)}  # since another one had failed
+    signals = re.findall(r"Signal \d+ \((\w+)\) received by PID (\d+)", log)
+    if killed := [name for name, process in signals if not {name, process} & ended_after]:
+        return f"it was ended by {killed[0]} (too little memory?)"
+    reasons = re.findall(r"^error: (.*)", log, re.MULTILINE)
+    own = [reason for reason in reasons if not re.search("gloo|NCCL|Connection", reason)]  # others only lost it
+    return [*own, *reasons, *log.strip().splitlines()[-1:], "it has not said why"][0]
 
 
 # ====== Lessons for the heads =====================================================================
@@ -2554,34 +2804,49 @@ def detection_loss(hole: Tensor, damage: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(hole, true, 1 + true * (1 - around))
 
 
-def pretrain_step(
+def pretrain_losses(
     generator: UNetGenerator,
-    optimizer: Optimizer,
-    batch: tuple,
-    lesson: Mapping,
-    run: Run,
+    degraded: Tensor,
+    original: Tensor,
+    info: Mapping[str, Tensor],
+    lesson: Mapping[str, Tensor],
     precision: Precision,
 ) -> dict[str, Tensor]:
-    """One update of the generator on L1 + 0.1 MSE, and on what its heads learn.
+    """L1 and MSE of what the generator makes of a batch, and the losses of its heads, one by one.
 
-    That is `heads_weight` x (`detection_loss`, `color_loss`, `grain_loss`). Returns all losses one
-    by one. The `lesson` is a `color_lesson`, a `grain_lesson`, both or empty.
+    Those are `detection_loss`, and `color_loss` and `grain_loss` of the lesson: a `color_lesson`, a
+    `grain_lesson`, both or empty.
     """
-    degraded, original, info = to_device(batch, run.device)
     with precision.autocast(generator):
         restoration = generator.restore(degraded, info["whole"])
     losses = image_losses(restoration.restored, original)
-    loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
-    if run.settings.heads_weight and restoration.hole is not None:
+    if restoration.hole is not None:
         losses["holes"] = detection_loss(restoration.hole, info["hole"])
-        loss = loss + run.settings.heads_weight * losses["holes"]
-    lesson = {name: images.to(run.device) for name, images in lesson.items()}
     if "faded" in lesson:
         losses["color"] = color_loss(generator.color, lesson)
-        loss = loss + run.settings.heads_weight * losses["color"]
     if "noisy" in lesson:
         losses["grain"] = grain_loss(generator.output.grain, lesson)
-        loss = loss + run.settings.heads_weight * losses["grain"]
+    return losses
+
+
+def pretrain_step(
+    generator: nn.Module,
+    optimizer: Optimizer,
+    batch: tuple,
+    lesson: Mapping[str, Tensor],
+    run: Run,
+    precision: Precision,
+) -> dict[str, Tensor]:
+    """One update of the generator on L1 + 0.1 MSE, and `heads_weight` x what its heads learn.
+
+    Returns all the `pretrain_losses`.
+    """
+    batch = to_device(batch, run.device)
+    lesson = {name: rows.to(run.device) for name, rows in run.team.part(lesson).items()}
+    losses = compute(pretrain_losses, generator, *batch, lesson, precision)
+    loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
+    for head in [name for name in losses if name not in ("l1", "mse")]:
+        loss = loss + run.settings.heads_weight * losses[head]
     precision.update(optimizer, loss)  # zero_grad(), backward(), step()
     return losses
 
@@ -2610,43 +2875,44 @@ def pretrain_generator(
     goes on where it stopped, and a finished run only reloads. Raises ValueError if other settings
     or faces made what is there, FloatingPointError if a loss is not finite.
     """
-    s, best = run.settings, run.outputs / "pretrained_generator_best.pth"
-    generator.to(run.device, memory_format=torch.channels_last)
-    validation_loader = make_loader(validation, s.pretrain_batch, run.device)
-    samples = sample_batch(validation, run)
-    optimizer = adam(generator, s.pretrain_lr, heads=s.heads_lr, heads_norm=s.heads_norm)
-    precision = Precision(run.device, s.mixed_precision)
-    scheduler = StepLR(optimizer, s.pretrain_lr_step, s.lr_gamma)
+    s, team, best = run.settings, run.team, run.outputs / "pretrained_generator_best.pth"
+    train_in_processes("pretrain", (generator,), train, validation, run)
+    lr, heads = s.pretrain_lr, {"heads": s.heads_lr, "heads_norm": s.heads_norm}
+    prepared = prepare_training(generator, run, lr, s.pretrain_lr_step, **heads)
+    optimizer, scheduler, precision = prepared
     average = average_of(generator, s.ema)  # what is validated and saved
-    originals = thumbnails(train)
+    validation_loader = make_loader(team.mine(validation), s.pretrain_batch, run.device)
+    samples, originals = sample_batch(validation, run), thumbnails(train)
     state = {"generator": generator, "average": average, "optimizer": optimizer}
     state |= {"scheduler": scheduler, "scaler": precision.scaler}
 
-    with alone_in(run.outputs):
+    with team.alone_in(run.outputs):
         stage = Stage("pretrain", s.pretrain_epochs, s.pretrain_batch, train, run, state)
-        stage.go_on(best, GAN_ONLY)
+        with team.first_goes_ahead():
+            stage.go_on(best, GAN_ONLY)
+        learner = team.wrap(Computation(generator), find_unused_parameters=True)
         for epoch in stage.epochs():
             if stopped_early(stage.history, s):
                 waited = counted(s.patience, "epoch")
                 print(f"pretrain: stopped early, no better validation loss for {waited}")
                 break
-            means = Means(f"pretrain, epoch {epoch}", precision)
+            means = Means(f"pretrain, epoch {epoch}", precision, team)
             rng = np.random.default_rng(derive_seed(s.seed, "lessons", epoch))
             for batch in stage.batches():
                 lesson = {} if s.plain else color_lesson(originals, s, rng)
                 lesson |= {} if s.plain else grain_lesson(train, s, rng)
-                losses = pretrain_step(generator, optimizer, batch, lesson, run, precision)
+                losses = pretrain_step(learner, optimizer, batch, lesson, run, precision)
                 average.update_parameters(generator)
                 means.add(losses, len(batch[0]))
             row = means.result()
-            val = validation_losses(average.module, validation_loader, run.device)
+            val = validation_losses(average.module, validation_loader, run.device, team)
             row["loss"] = row.pop("l1") + s.mse_weight * row.pop("mse")
             row |= {"val_loss": val["l1"] + s.mse_weight * val["mse"], "val_l1": val["l1"]}
             row["lr"] = scheduler.get_last_lr()[0]
             scheduler.step()
-            if best_epoch([*stage.history, {**row, "epoch": epoch}]) == epoch:
+            if team.rank == 0 and best_epoch([*stage.history, {**row, "epoch": epoch}]) == epoch:
                 save_checkpoint(best, run, epoch=epoch, generator=average.module.state_dict())
-            if epoch % s.sample_every == 0:
+            if team.rank == 0 and epoch % s.sample_every == 0:
                 sample = run.outputs / f"pretrain_sample_epoch_{epoch}.png"
                 save_samples(average.module, samples, sample)
             stage.save(row)
@@ -2675,7 +2941,7 @@ def shifted(images: Sequence[Tensor], limit: int, rng: np.random.Generator) -> l
 
 
 def discriminator_step(
-    discriminator: PatchGANDiscriminator,
+    discriminator: nn.Module,
     optimizer: Optimizer,
     images: Sequence[Tensor],
     precision: Precision,
@@ -2775,61 +3041,62 @@ def train_gan(
     gan_sample_epoch_*.png. Returns the history, a dict for each epoch. Resumes, and raises, as
     `pretrain_generator`.
     """
-    s = run.settings
-    generator.to(run.device, memory_format=torch.channels_last)
-    discriminator.to(run.device, memory_format=torch.channels_last)
-    validation_loader = make_loader(validation, s.gan_batch, run.device)
+    s, team = run.settings, run.team
+    train_in_processes("gan", (generator, discriminator), train, validation, run)
+    prepare = functools.partial(prepare_training, run=run, lr_step=s.gan_lr_step, betas=s.gan_betas)
+    adam_g, scheduler_g, precision_g = prepare(generator, lr=s.generator_lr)
+    adam_d, scheduler_d, precision_d = prepare(discriminator, lr=s.discriminator_lr)
+    validation_loader = make_loader(team.mine(validation), s.gan_batch, run.device)
     samples = sample_batch(validation, run)
-    optimizer_g = adam(generator, s.generator_lr, s.gan_betas)
-    optimizer_d = adam(discriminator, s.discriminator_lr, s.gan_betas)
-    scheduler_g = StepLR(optimizer_g, s.gan_lr_step, s.lr_gamma)
-    scheduler_d = StepLR(optimizer_d, s.gan_lr_step, s.lr_gamma)
-    precision_g = Precision(run.device, s.mixed_precision)
-    precision_d = Precision(run.device, s.mixed_precision)
-    state = {"generator": generator, "optimizer_g": optimizer_g, "scheduler_g": scheduler_g}
-    state |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
+    state = {"generator": generator, "optimizer_g": adam_g, "scheduler_g": scheduler_g}
+    state |= {"discriminator": discriminator, "optimizer_d": adam_d}
     state["scheduler_d"] = scheduler_d
     state |= {"scaler_g": precision_g.scaler, "scaler_d": precision_d.scaler}
 
-    with alone_in(run.outputs):
-        run = run._replace(begun_from=load_pretrained(generator, run))
-        average = average_of(generator, s.ema)  # what is validated and saved
-        stage = Stage("gan", s.gan_epochs, s.gan_batch, train, run, state | {"average": average})
-        stage.go_on(run.outputs / "face_restoration_generator_final.pth")
+    with team.alone_in(run.outputs):
+        with team.first_goes_ahead():
+            run = run._replace(begun_from=load_pretrained(generator, run))
+            average = average_of(generator, s.ema)  # what is validated and saved
+            state["average"] = average
+            stage = Stage("gan", s.gan_epochs, s.gan_batch, train, run, state)
+            stage.go_on(run.outputs / "face_restoration_generator_final.pth")
+        learner_g = team.wrap(Computation(generator), find_unused_parameters=True)
+        learner_d = team.wrap(discriminator)
         for epoch in stage.epochs():
-            means = Means(f"gan, epoch {epoch}", precision_g)
+            means = Means(f"gan, epoch {epoch}", precision_g, team)
             for number, batch in enumerate(stage.batches()):
                 degraded, original, info = to_device(batch, run.device)
                 train_g = trains_generator(epoch, number, s)
                 with torch.set_grad_enabled(train_g), precision_g.autocast(generator):
-                    restoration = generator.restore(degraded, info["whole"])
+                    restoration = compute(UNetGenerator.restore, learner_g, degraded, info["whole"])
                 rng = np.random.default_rng(derive_seed(s.seed, "shift", epoch, number))
                 images = shifted((degraded, restoration.restored, original), s.shift, rng)
-                losses = discriminator_step(discriminator, optimizer_d, images, precision_d)
+                losses = discriminator_step(learner_d, adam_d, images, precision_d)
                 if train_g:
                     holes = None if generator.plain else (restoration.hole, info["hole"])
-                    step = discriminator, optimizer_g, images, holes, s, precision_g
-                    losses |= generator_step(*step)
+                    losses |= generator_step(discriminator, adam_g, images, holes, s, precision_g)
                     average.update_parameters(generator)
                 precision_g.keep_finite()  # where the generator was not trained
                 means.add(losses, len(degraded))
             row = means.result()
-            row["val_l1"] = validation_losses(average.module, validation_loader, run.device)["l1"]
-            row |= {"lr_g": scheduler_g.get_last_lr()[0], "lr_d": scheduler_d.get_last_lr()[0]}
+            val = validation_losses(average.module, validation_loader, run.device, team)
+            row |= {"val_l1": val["l1"], "lr_g": scheduler_g.get_last_lr()[0]}
+            row["lr_d"] = scheduler_d.get_last_lr()[0]
             scheduler_g.step()
             scheduler_d.step()
-            if epoch % s.checkpoint_every == 0:
+            if team.rank == 0 and epoch % s.checkpoint_every == 0:
                 weights = {"generator": average.module.state_dict()}
                 weights["discriminator"] = discriminator.state_dict()
                 path = run.outputs / f"face_restoration_gan_checkpoint_epoch_{epoch}.pth"
                 save_checkpoint(path, run, **weights)
-            if epoch % s.sample_every == 0:
+            if team.rank == 0 and epoch % s.sample_every == 0:
                 save_samples(average.module, samples, run.outputs / f"gan_sample_epoch_{epoch}.png")
             stage.save(row)
         generator.load_state_dict(average.module.state_dict())
         for name, network in {"generator": generator, "discriminator": discriminator}.items():
             weights = {name: network.state_dict(), "epoch": len(stage.history)}
-            save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
+            if team.rank == 0:
+                save_checkpoint(run.outputs / f"face_restoration_{name}_final.pth", run, **weights)
     return stage.history
 
 
@@ -4080,12 +4347,17 @@ def find_weights(places: Places) -> Path:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's arguments."""
     parser = argparse.ArgumentParser(description="Restores photographs.")
-    restore = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train on the faces: notebooks 04 and 05 without notebooks")
+    train.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # see train_in_processes
+    train.set_defaults(run=_train)
+    restore = commands.add_parser(
         "restore",
         help="restore a picture, or all below a folder",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    restore.set_defaults(run=_restore)
     restore.add_argument("source", metavar="IN", type=Path, help="a picture or a folder")
     restore.add_argument("destination", metavar="OUT", type=Path, help="a file name, or a folder (made if missing)")
     restore.add_argument("--weights", type=Path, help="a checkpoint; else your own, or those that came along")
@@ -4134,37 +4406,88 @@ def _restore_many(options: argparse.Namespace, generator: UNetGenerator) -> tupl
     return pairs, int(bool(failed))
 
 
+def _restore(options: argparse.Namespace) -> int:
+    """The command `restore`; returns the exit status."""
+    options.format = f".{options.format.lower().lstrip('.')}" if options.format else ""
+    if options.format and options.format not in writable_suffixes():
+        raise ValueError(f"--format {options.format}: choose one of {', '.join(sorted(writable_suffixes()))}")
+    if options.sure is not None and not 0 < options.sure < 1:
+        raise ValueError(f"--sure {options.sure}: must lie between 0 and 1")
+    if not options.source.exists():
+        raise FileNotFoundError(f"{options.source}: no such file or folder")
+    weights = options.weights or find_weights(find_places())
+    generator = load_generator(weights, options.device or choose_device())
+    generator.sure = options.sure or generator.sure
+    print(f"weights: {weights}")
+    if options.source.is_dir():
+        pairs, status = _restore_many(options, generator)
+        page = options.destination / f"{SHEETS}.html"
+    else:
+        target = _restore_one(options, generator)
+        pairs, status, page = [(options.source, target)], 0, target.with_suffix(".html")
+    if options.page:
+        write_page(page, pairs)
+        print(f"compare them in {page}")
+    return status
+
+
+def _prepare_training() -> list[tuple]:
+    """The jobs (stage, run, weights, train, validation) of both trainings, from the environment."""
+    settings, places, device = start()
+    pairs = prepare_pairs(find_faces(settings, places), places, settings)
+    splits, run = split_pairs(pairs, settings), Run(settings, places, device, faces_id(pairs))
+    weights = [network.state_dict() for network in (build_generator(settings), build_discriminator(settings))]
+    first = "pretrain", run, weights, splits.pretrain_train, splits.pretrain_validation
+    return [first, ("gan", run, weights, splits.gan_train, splits.gan_validation)]
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process as soon as its parent has, which may have been killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _train(options: argparse.Namespace) -> int:
+    """The command `train`: alone, or one of those that `torch.distributed.run` starts."""
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if os.environ.get("RANK", "0") == "0":
+        jobs = torch.load(options.job, weights_only=False) if options.job else _prepare_training()
+    else:
+        jobs, sys.stdout = None, open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    device = choose_device()
+    team = join_team(device)
+    for stage, run, weights, train, validation in team.from_first(jobs):
+        run, s = run._replace(device=device, team=team), run.settings
+        if s.pretrain_batch % team.size or s.gan_batch % team.size:
+            batches = f"batches of {s.pretrain_batch} and {s.gan_batch} pictures"
+            raise ValueError(f"{team.size} processes cannot share {batches} equally: start 2 or 4")
+        networks = build_generator(s), build_discriminator(s)
+        for network, state in zip(networks, weights):
+            network.load_state_dict(state)
+        if stage == "pretrain":
+            pretrain_generator(networks[0], train, validation, run)
+        else:
+            train_gan(*networks, train, validation, run)
+    if team.size > 1:
+        dist.destroy_process_group()
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns 0, 1 if a file was not restored, 2 if nothing could be done."""
     options = _parse(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # about pictures' metadata
     keep_freed_memory()
     try:
-        options.format = f".{options.format.lower().lstrip('.')}" if options.format else ""
-        if options.format and options.format not in writable_suffixes():
-            raise ValueError(f"--format {options.format}: choose one of {', '.join(sorted(writable_suffixes()))}")
-        if options.sure is not None and not 0 < options.sure < 1:
-            raise ValueError(f"--sure {options.sure}: must lie between 0 and 1")
-        if not options.source.exists():
-            raise FileNotFoundError(f"{options.source}: no such file or folder")
-        weights = options.weights or find_weights(find_places())
-        generator = load_generator(weights, options.device or choose_device())
-        generator.sure = options.sure or generator.sure
-        print(f"weights: {weights}")
-        if options.source.is_dir():
-            pairs, status = _restore_many(options, generator)
-            page = options.destination / f"{SHEETS}.html"
-        else:
-            target = _restore_one(options, generator)
-            pairs, status, page = [(options.source, target)], 0, target.with_suffix(".html")
-        if options.page:
-            write_page(page, pairs)
-            print(f"compare them in {page}")
-        return status
+        return options.run(options)
     except KeyboardInterrupt:
         print("stopped; what is done is kept, and the same command goes on", file=sys.stderr)
         return 130
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, RuntimeError, FloatingPointError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

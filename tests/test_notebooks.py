@@ -176,7 +176,7 @@ def test_smoke_profile_runs_all_six_in_order(tmp_path):
     assert all({"restored", "plain"} <= metrics["mean_over_faces"][kind].keys() for kind in ru.KINDS)
 
 
-def test_a_made_up_kaggle_runs_with_nothing_but_the_profile_set(tmp_path):
+def test_a_made_up_kaggle_runs_with_two_processes_in_place_of_its_gpus(tmp_path):
     kaggle = tmp_path / "kaggle"
     working = kaggle / "working"
     working.mkdir(parents=True)
@@ -187,7 +187,10 @@ def test_a_made_up_kaggle_runs_with_nothing_but_the_profile_set(tmp_path):
     repository = kaggle / "input" / "restoration-notebooks"
     repository.mkdir()
     copy_module(repository)
-    execute(NOTEBOOKS, working, RESTORATION_PROFILE="smoke")
+    # two processes in place of Kaggle's two GPUs
+    execute(NOTEBOOKS, working, RESTORATION_PROFILE="smoke", RESTORATION_PROCESSES="2")
+    for notebook in NOTEBOOKS[3:5]:
+        assert "training in 2 processes" in json.dumps(outputs_of(working / notebook.name))
     assert_promises(working / "outputs", working / "fakefaces_degraded", working)
     assert "fakefaces" in json.loads((working / "outputs" / "metrics.json").read_text())["made_by"]["faces"]
     assert not list((working / "outputs").glob("synthetic_portraits*"))

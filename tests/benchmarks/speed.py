@@ -243,31 +243,37 @@ def reference_steps(device: torch.device) -> tuple[Callable, Callable]:
     return pretrain, gan
 
 
-def our_steps(device: torch.device, mixed: bool) -> tuple[Callable, Callable]:
-    """The two updates of the notebooks, averaged weights included."""
-    run = ru.Run(dataclasses.replace(SETTINGS, mixed_precision=mixed), None, device, "")
-    generator = ru.build_generator(SETTINGS).to(device, memory_format=torch.channels_last)
-    discriminator = ru.build_discriminator(SETTINGS).to(device, memory_format=torch.channels_last)
+def our_steps(
+    device: torch.device,
+    mixed: bool,
+    settings: ru.Settings = SETTINGS,
+) -> tuple[Callable, Callable]:
+    """The two updates of the notebooks, averaged weights included; they return their losses."""
+    run = ru.Run(dataclasses.replace(settings, mixed_precision=mixed), None, device, "")
+    generator = ru.build_generator(settings).to(device, memory_format=torch.channels_last)
+    discriminator = ru.build_discriminator(settings).to(device, memory_format=torch.channels_last)
     pretraining, training = ru.adam(generator, 1e-3), ru.adam(generator, 1e-4, (0.5, 0.999))
     adam_d = ru.adam(discriminator, 2e-4, (0.5, 0.999))
-    average, precision = ru.average_of(generator, SETTINGS.ema), [ru.Precision(device, mixed) for _ in range(2)]
+    average, precision = ru.average_of(generator, settings.ema), [ru.Precision(device, mixed) for _ in range(2)]
     originals = np.random.default_rng(0).integers(0, 256, (9, 128, 128, 3), dtype=np.uint8)
 
-    def pretrain(batch: tuple) -> None:
+    def pretrain(batch: tuple) -> dict[str, Tensor]:
         """Step 4."""
-        lesson = ru.color_lesson(originals, SETTINGS, np.random.default_rng(0))
-        ru.pretrain_step(generator, pretraining, batch, lesson, run, precision[0])
+        lesson = ru.color_lesson(originals, settings, np.random.default_rng(0))
+        losses = ru.pretrain_step(generator, pretraining, batch, lesson, run, precision[0])
         average.update_parameters(generator)
+        return losses
 
-    def gan(batch: tuple) -> None:
+    def gan(batch: tuple) -> dict[str, Tensor]:
         """Step 5."""
         degraded, original, info = ru.to_device(batch, device)
         with precision[0].autocast(generator):
             restored, hole = generator.restore(degraded, info["whole"])
-        images = ru.shifted((degraded, restored, original), SETTINGS.shift, np.random.default_rng(0))
-        ru.discriminator_step(discriminator, adam_d, images, precision[1])
-        ru.generator_step(discriminator, training, images, (hole, info["hole"]), SETTINGS, precision[0])
+        images = ru.shifted((degraded, restored, original), settings.shift, np.random.default_rng(0))
+        losses = ru.discriminator_step(discriminator, adam_d, images, precision[1])
+        losses |= ru.generator_step(discriminator, training, images, (hole, info["hole"]), settings, precision[0])
         average.update_parameters(generator)
+        return losses
 
     return pretrain, gan
 
