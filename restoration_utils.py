@@ -326,6 +326,8 @@ def check(claim: str, holds: bool, settings: Settings) -> None:
 # ====== Files =====================================================================================
 
 PARTIAL = ".partial-"  # how the names of files begin that are not yet whole
+SESSION = "_RESTORATION_SESSION"  # variable for processes that this one starts: since when the session lasts
+RELAY = "_RESTORATION_RELAY"  # variable for them: that they shall mark their progress with
 RELAYED = "\x1e"  # how the lines begin that replace one another, from a process to the one that started it
 
 
@@ -455,7 +457,7 @@ def progress(label: str, total: int, unit: str, initial: int = 0):
     options = {"disable": sys.stderr is None or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"}
     if in_notebook():
         options = {"file": CellLine(), "ascii": " -#"}
-    elif "_RESTORATION_RELAY" in os.environ:
+    elif RELAY in os.environ:
         options = {"file": RelayedLine(), "ascii": " -#"}
     return tqdm(desc=label, total=total, unit=unit, initial=initial, mininterval=0.5, **options)
 
@@ -1523,7 +1525,7 @@ def make_loader(
     ValueError without any.
     """
     if not pairs:
-        raise ValueError("no pairs to load: both training and validation need at least one")
+        raise ValueError("no pairs to load: training and validation need at least one each, for every process")
     drop_last = order is not None and len(pairs) >= batch
     dataset, on_gpu = FaceRestorationGANDataset(pairs), device.type == "cuda"
     return DataLoader(dataset, batch, sampler=order, drop_last=drop_last, pin_memory=on_gpu)
@@ -2036,16 +2038,16 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
 class Team(NamedTuple):
     """The processes that train together, one for each GPU; alone, this one.
 
-    DistributedDataParallel (Li et al. 2020) adds up what they learn. All of them know and decide
-    the same; each computes its share of every batch, and only the first, of `rank` 0, writes and
-    prints.
+    DistributedDataParallel (Li et al. 2020) averages their gradients. All of them know and decide
+    the same, so all must come through every method here equally often; each computes its share of
+    every batch, and only the first, of `rank` 0, writes and prints.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None  # of torch.distributed; its operations wait half a minute at most
 
-    def share(self, items: Sequence, batch: int) -> tuple[Sequence, int]:
+    def share_batches(self, items: Sequence, batch: int) -> tuple[Sequence, int]:
         """This process's items of a sequence that is read in batches, and how many are a batch.
 
         Batches are as large as ever, all shares taken together. If there are too few items for one,
@@ -2055,11 +2057,11 @@ class Team(NamedTuple):
             return items, batch
         return items[: len(items) // batch * batch][self.rank :: self.size], batch // self.size
 
-    def mine(self, items: Sequence) -> Sequence:
+    def share_items(self, items: Sequence) -> Sequence:
         """This process's share of items that are only looked at: no item twice, none left out."""
         return items[self.rank :: self.size]
 
-    def part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def share_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's rows of tensors that all have; all of them if they cannot be shared."""
         even = all(len(tensor) % self.size == 0 for tensor in tensors.values())
         return {name: tensor[self.rank :: self.size] if even else tensor for name, tensor in tensors.items()}
@@ -2081,14 +2083,20 @@ class Team(NamedTuple):
         """`alone_in` for all of them, by the first."""
         return contextlib.nullcontext() if self.rank else alone_in(folder)
 
+    def wait(self) -> None:
+        """Waits until all are here, an hour if need be: the first may write to a slow disk."""
+        if self.size > 1:
+            dist.barrier()
+
     @contextlib.contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
         """The first process goes through this block before the others, who may need its files."""
         if self.rank > 0:
-            dist.barrier()
+            self.wait()
         yield
-        if self.rank == 0 and self.size > 1:
-            dist.barrier()  # which may wait for a slow disk: not in the group, whose operations wait 30 s
+        if self.rank == 0:
+            self.wait()
+        self.wait()  # the first does not run ahead, either
 
     def wrap(self, network: nn.Module, **options: Any) -> nn.Module:
         """The network to train with: after `backward` all have the mean of their gradients.
@@ -2115,7 +2123,10 @@ ALONE = Team()
 
 
 class Computation(nn.Module):
-    """Any function of a network as a `forward`: DistributedDataParallel sees to nothing else."""
+    """Any function of a network as a `forward`, the only thing that DistributedDataParallel hooks.
+
+    The project's generator has more to train with than its `forward`: `restore`, and its heads.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -2328,9 +2339,9 @@ class Means:
     Every batch counts by its size, so a short last one does not distort them.
     """
 
-    def __init__(self, where: str, precision: Precision | None = None, team: Team = ALONE) -> None:
+    def __init__(self, where: str, precision: Precision | None = None) -> None:
         self.where, self.batches, self.sums, self.counts = where, 0, Counter(), Counter()
-        self.scaled, self.team = precision is not None and precision.scaler.is_enabled(), team
+        self.scaled = precision is not None and precision.scaler.is_enabled()
 
     def add(self, losses: Mapping[str, Tensor], images: int) -> None:
         """Counts a batch's mean losses for its `images`.
@@ -2345,14 +2356,14 @@ class Means:
         if self.batches % 20 == 0:
             self.result()
 
-    def result(self) -> dict[str, float]:
-        """The means so far, over all processes.
+    def result(self, team: Team = ALONE) -> dict[str, float]:
+        """The means so far, in a team over all its processes.
 
         Raises FloatingPointError, saying where, if one is not finite.
         """
         sums = torch.stack([*self.sums.values()])
         counts = torch.stack([torch.as_tensor(self.counts[name]).to(sums) for name in self.sums])
-        means = dict(zip(self.sums, (self.team.total(sums) / self.team.total(counts)).tolist()))
+        means = dict(zip(self.sums, (team.total(sums) / team.total(counts)).tolist()))
         if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
             raise FloatingPointError(f"{self.where}: the loss {', '.join(bad)} is not finite. {ADVICE}")
         return means
@@ -2410,16 +2421,22 @@ class Stage:
                 holder.load_state_dict(content[name])
         self.history = content["history"]
         print(f"{self.name}: {len(self.history)} of {counted(self.total, 'epoch')} already done")
-        write_json(self.run.outputs / f"{self.name}_history.json", self.history)  # killed just before it was written?
+        if self.run.team.rank == 0:  # killed just before it was written?
+            write_json(self.run.outputs / f"{self.name}_history.json", self.history)
 
     def epochs(self) -> Iterator[int]:
         """Numbers of the epochs left that the time budget allows, each with its random state."""
         on_kaggle = self.run.places.attached == Path("/kaggle/input")
         session = psutil.Process(1 if on_kaggle else None).create_time()  # on Kaggle the machine's, else this process's
+        session = float(os.environ.get(SESSION, session))  # or that of the notebook that has started this one
         budget = self.run.settings.time_budget  # hours
         if budget is None:
             budget = 11.0 if on_kaggle else math.inf
         done = len(self.history)
+        if self.run.team.from_first(done) != done:
+            raise ValueError(
+                f"{self.last} is not the same file for all processes: OUTPUT_DIR must lie where all see it"
+            )
         with progress(self.name, self.total * self.per_epoch, "batch", done * self.per_epoch) as self.bar:
             for epoch in range(done + 1, self.total + 1):
                 left = self.run.team.from_first(3600 * budget - (time.time() - session))
@@ -2430,27 +2447,27 @@ class Stage:
                           "Run this again to go on (on Kaggle, attach this output)")  # fmt: skip
                     return
                 self.epoch, self.started = epoch, time.perf_counter()
-                torch.manual_seed(derive_seed(self.run.settings.seed, self.name, self.epoch))
+                torch.manual_seed(derive_seed(self.run.settings.seed, self.name, self.epoch) + self.run.team.rank)
                 yield epoch
 
     def batches(self) -> Iterator[tuple]:
         """The batches of this epoch, in its own order."""
         order = training_order(len(self.train), self.run.settings, self.name, self.epoch)
-        order, size = self.run.team.share(order, self.batch)
+        order, size = self.run.team.share_batches(order, self.batch)
         for batch in make_loader(self.train, size, self.run.device, order):
             yield batch
             self.bar.update()
 
     def save(self, row: Mapping[str, float]) -> None:
         """Ends the epoch: its row goes into the history, all is saved, a line is printed."""
-        self.history.append({"epoch": self.epoch, **row, "seconds": time.perf_counter() - self.started})
-        with self.run.team.first_goes_ahead():
-            if self.run.team.rank == 0:
-                self._write()
+        seconds = self.run.team.from_first(time.perf_counter() - self.started)  # all decide by it
+        self.history.append({"epoch": self.epoch, **row, "seconds": seconds})
+        if self.run.team.rank == 0:
+            self._write()
+        self.run.team.wait()
         values = "  ".join(f"{name} {value:.3g}" for name, value in row.items())
-        seconds = self.history[-1]["seconds"]
         end = time.strftime("%H:%M", time.localtime(time.time() + (self.total - self.epoch) * seconds))
-        print(f"epoch {self.epoch:2d}/{self.total}  {values}  {seconds:.0f} s, done by about {end}")
+        print(f"epoch {self.epoch:2d}/{self.total}  {values}  {seconds:.0f} s, done by about {end}", flush=True)
 
     def _write(self) -> None:
         """Saves the state and the history; the state before stays, too."""
@@ -2557,15 +2574,15 @@ def validation_losses(
 ) -> dict[str, float]:
     """L1 and MSE over a validation set: means over its images, in eval mode.
 
-    In a team the loader has this process's share of them (`Team.mine`).
+    In a team the loader has this process's share of them (`Team.share_items`).
     """
     team.unite(generator)
-    means = Means("validation", team=team)
+    means = Means("validation")
     with evaluating(generator):
         for batch in loader:
             degraded, original, _ = to_device(batch, device)
             means.add(image_losses(generator(degraded), original), len(degraded))
-    return means.result()
+    return means.result(team)
 
 
 def sample_batch(pairs: Sequence[Pair], run: Run) -> tuple[Tensor, Tensor]:
@@ -2599,13 +2616,15 @@ def processes_to_start(run: Run) -> int:
 
     They are as many as can share both trainings' batches equally: of 8 and 4 pictures, 1, 2 or 4.
     """
+    wanted, on_gpu = os.environ.get("RESTORATION_PROCESSES", ""), run.device.type == "cuda"
+    if wanted and (not wanted.isdecimal() or int(wanted) < 1):
+        raise ValueError(f"RESTORATION_PROCESSES={wanted}: give a whole number, 1 or more")
     if "WORLD_SIZE" in os.environ:  # this is one of several
         return 1
-    wanted = os.environ.get("RESTORATION_PROCESSES") or torch.cuda.device_count() * (run.device.type == "cuda") or 1
-    if not str(wanted).isdecimal() or int(wanted) < 1:
-        raise ValueError(f"RESTORATION_PROCESSES={wanted}: give a whole number, 1 or more")
+    most = torch.cuda.device_count() if on_gpu and dist.is_nccl_available() else 1 if on_gpu or not wanted else math.inf
     together = math.gcd(run.settings.pretrain_batch, run.settings.gan_batch)
-    return max(number for number in range(1, together + 1) if together % number == 0 and number <= int(wanted))
+    fitting = [number for number in range(1, together + 1) if together % number == 0]
+    return max(number for number in fitting if number <= min(most, int(wanted or together)))
 
 
 def train_in_processes(
@@ -2614,24 +2633,27 @@ def train_in_processes(
     train: list[Pair],
     validation: list[Pair],
     run: Run,
-) -> None:
-    """Trains a stage in several processes where there are several GPUs; what they write is then to
-    be loaded.
+) -> bool:
+    """Trains a stage in several processes, if there are several GPUs; whether it did.
+
+    What they write is then to be loaded.
 
     They run this module's command `train` under `torch.distributed.run`: a notebook's own process
     cannot be forked once it has used a GPU. RuntimeError, with the reason, if one of them fails;
     all of them end then, and also if this process does.
     """
     if (count := processes_to_start(run)) == 1:
-        return
+        return False
+    torch.cuda.empty_cache()  # one of the processes shares this one's GPU
     print(f"{stage}: training in {count} processes")
     threads = max(1, torch.get_num_threads() // count)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"_RESTORATION_RELAY": "1"}
+    environment = {"OMP_NUM_THREADS": str(threads), SESSION: str(psutil.Process().create_time())}
+    environment |= os.environ | {RELAY: "1"}
     with tempfile.TemporaryDirectory() as folder:
         job, log = Path(folder) / "job.pt", Path(folder) / "log.txt"
         torch.save([(stage, run, [network.state_dict() for network in networks], train, validation)], job)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command += [__file__, "train", "--job", str(job)]
+        command += ["--local-addr=127.0.0.1", __file__, "train", "--job", str(job)]
         with log.open("w") as errors:
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         try:
@@ -2643,8 +2665,10 @@ def train_in_processes(
             child.terminate()
             child.wait()
         if failed:
-            reason = failure_reason(log.read_text())
-            raise RuntimeError(f"{stage}: a process failed, and all were ended: {reason}")
+            text = log.read_text(errors="replace")
+            print(text[-3000:], file=sys.stderr)
+            raise RuntimeError(f"{stage}: a process failed, and all were ended: {failure_reason(text)}")
+    return True
 
 
 def show_relayed(lines: Iterable[str]) -> None:
@@ -2662,13 +2686,14 @@ def show_relayed(lines: Iterable[str]) -> None:
 
 def failure_reason(log: str) -> str:
     """Why the processes have ended, from what they and `torch.distributed.run` have written."""
+    reasons = re.findall(r"^(?:\[rank\d+\]: ?)?(?:error: |(?=[A-Z]\w*Error: ))(.*)", log, re.MULTILINE)
+    if own := [reason for reason in reasons if not re.search("gloo|NCCL|Connection|ChildFailed", reason)]:
+        return own[0]  # the others have only lost this one
     ended_after = {"SIGTERM", *re.findall(r"Unable to shutdown process (\d+)", log)}  # since another one had failed
-    signals = re.findall(r"Signal \d+ \((\w+)\) received by PID (\d+)", log)
-    if killed := [name for name, process in signals if not {name, process} & ended_after]:
-        return f"it was ended by {killed[0]} (too little memory?)"
-    reasons = re.findall(r"^error: (.*)", log, re.MULTILINE)
-    own = [reason for reason in reasons if not re.search("gloo|NCCL|Connection", reason)]  # others only lost it
-    return [*own, *reasons, *log.strip().splitlines()[-1:], "it has not said why"][0]
+    for name, process in re.findall(r"Signal \d+ \((\w+)\) received by PID (\d+)", log):
+        if not {name, process} & ended_after:
+            return f"it was ended by {name}{' (too little memory?)' if name == 'SIGKILL' else ''}"
+    return [*reasons, *log.strip().splitlines()[-1:], "it has not said why"][0]
 
 
 # ====== Lessons for the heads =====================================================================
@@ -2842,7 +2867,7 @@ def pretrain_step(
     Returns all the `pretrain_losses`.
     """
     batch = to_device(batch, run.device)
-    lesson = {name: rows.to(run.device) for name, rows in run.team.part(lesson).items()}
+    lesson = {name: rows.to(run.device) for name, rows in run.team.share_rows(lesson).items()}
     losses = compute(pretrain_losses, generator, *batch, lesson, precision)
     loss = losses["l1"] + run.settings.mse_weight * losses["mse"]
     for head in [name for name in losses if name not in ("l1", "mse")]:
@@ -2876,12 +2901,12 @@ def pretrain_generator(
     or faces made what is there, FloatingPointError if a loss is not finite.
     """
     s, team, best = run.settings, run.team, run.outputs / "pretrained_generator_best.pth"
-    train_in_processes("pretrain", (generator,), train, validation, run)
+    trained = train_in_processes("pretrain", (generator,), train, validation, run)
     lr, heads = s.pretrain_lr, {"heads": s.heads_lr, "heads_norm": s.heads_norm}
     prepared = prepare_training(generator, run, lr, s.pretrain_lr_step, **heads)
     optimizer, scheduler, precision = prepared
     average = average_of(generator, s.ema)  # what is validated and saved
-    validation_loader = make_loader(team.mine(validation), s.pretrain_batch, run.device)
+    validation_loader = make_loader(team.share_items(validation), s.pretrain_batch, run.device)
     samples, originals = sample_batch(validation, run), thumbnails(train)
     state = {"generator": generator, "average": average, "optimizer": optimizer}
     state |= {"scheduler": scheduler, "scaler": precision.scaler}
@@ -2891,12 +2916,12 @@ def pretrain_generator(
         with team.first_goes_ahead():
             stage.go_on(best, GAN_ONLY)
         learner = team.wrap(Computation(generator), find_unused_parameters=True)
-        for epoch in stage.epochs():
+        for epoch in () if trained else stage.epochs():
             if stopped_early(stage.history, s):
                 waited = counted(s.patience, "epoch")
                 print(f"pretrain: stopped early, no better validation loss for {waited}")
                 break
-            means = Means(f"pretrain, epoch {epoch}", precision, team)
+            means = Means(f"pretrain, epoch {epoch}", precision)
             rng = np.random.default_rng(derive_seed(s.seed, "lessons", epoch))
             for batch in stage.batches():
                 lesson = {} if s.plain else color_lesson(originals, s, rng)
@@ -2904,7 +2929,7 @@ def pretrain_generator(
                 losses = pretrain_step(learner, optimizer, batch, lesson, run, precision)
                 average.update_parameters(generator)
                 means.add(losses, len(batch[0]))
-            row = means.result()
+            row = means.result(team)
             val = validation_losses(average.module, validation_loader, run.device, team)
             row["loss"] = row.pop("l1") + s.mse_weight * row.pop("mse")
             row |= {"val_loss": val["l1"] + s.mse_weight * val["mse"], "val_l1": val["l1"]}
@@ -3042,11 +3067,11 @@ def train_gan(
     `pretrain_generator`.
     """
     s, team = run.settings, run.team
-    train_in_processes("gan", (generator, discriminator), train, validation, run)
+    trained = train_in_processes("gan", (generator, discriminator), train, validation, run)
     prepare = functools.partial(prepare_training, run=run, lr_step=s.gan_lr_step, betas=s.gan_betas)
     adam_g, scheduler_g, precision_g = prepare(generator, lr=s.generator_lr)
     adam_d, scheduler_d, precision_d = prepare(discriminator, lr=s.discriminator_lr)
-    validation_loader = make_loader(team.mine(validation), s.gan_batch, run.device)
+    validation_loader = make_loader(team.share_items(validation), s.gan_batch, run.device)
     samples = sample_batch(validation, run)
     state = {"generator": generator, "optimizer_g": adam_g, "scheduler_g": scheduler_g}
     state |= {"discriminator": discriminator, "optimizer_d": adam_d}
@@ -3062,8 +3087,8 @@ def train_gan(
             stage.go_on(run.outputs / "face_restoration_generator_final.pth")
         learner_g = team.wrap(Computation(generator), find_unused_parameters=True)
         learner_d = team.wrap(discriminator)
-        for epoch in stage.epochs():
-            means = Means(f"gan, epoch {epoch}", precision_g, team)
+        for epoch in () if trained else stage.epochs():
+            means = Means(f"gan, epoch {epoch}", precision_g)
             for number, batch in enumerate(stage.batches()):
                 degraded, original, info = to_device(batch, run.device)
                 train_g = trains_generator(epoch, number, s)
@@ -3078,7 +3103,7 @@ def train_gan(
                     average.update_parameters(generator)
                 precision_g.keep_finite()  # where the generator was not trained
                 means.add(losses, len(degraded))
-            row = means.result()
+            row = means.result(team)
             val = validation_losses(average.module, validation_loader, run.device, team)
             row |= {"val_l1": val["l1"], "lr_g": scheduler_g.get_last_lr()[0]}
             row["lr_d"] = scheduler_d.get_last_lr()[0]
@@ -3473,14 +3498,17 @@ def restore_photo(
     picture, damage = to_pil(photo), np.zeros(photo.shape[:2], np.uint8)
     del photo  # a large one takes much memory
     searching = mask is None and fill
-    shown = bar or progress("restoring", count_windows(sizes_seen(*own, searching)), "window")
+    if bar is None:
+        shown = progress("restoring", count_windows(sizes_seen(*own, searching)), "window")
+    else:
+        shown = contextlib.nullcontext(bar)  # somebody else's, who also closes it
 
     def at(size: tuple[int, int]) -> np.ndarray:
         """The picture as it is now, RGB uint8 (h, w, 3), at that size."""
         resized = picture if size == picture.size else picture.resize(size, Image.Resampling.BILINEAR)
         return np.asarray(resized if resized.mode == "RGB" else resized.convert("RGB"))
 
-    with evaluating(generator), contextlib.nullcontext(bar) if bar else shown as bar:
+    with evaluating(generator), shown as bar:
         picture, curves = judge_colors(picture, one_tone := in_one_tone(picture), generator)
         if searching:
             found = agreed_damage(
@@ -4441,9 +4469,9 @@ def _prepare_training() -> list[tuple]:
     return [first, ("gan", run, weights, splits.gan_train, splits.gan_validation)]
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: psutil.Process) -> None:
     """Ends this process as soon as its parent has, which may have been killed."""
-    while os.getppid() == parent:
+    while parent.is_running() and os.getppid() == parent.pid:
         time.sleep(1)
     os._exit(1)
 
@@ -4451,11 +4479,11 @@ def _end_with(parent: int) -> None:
 def _train(options: argparse.Namespace) -> int:
     """The command `train`: alone, or one of those that `torch.distributed.run` starts."""
     if "LOCAL_RANK" in os.environ:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(psutil.Process(os.getppid()),), daemon=True).start()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if os.environ.get("RANK", "0") == "0":
-        jobs = torch.load(options.job, weights_only=False) if options.job else _prepare_training()
+        jobs = torch.load(options.job, "cpu", weights_only=False) if options.job else _prepare_training()
     else:
         jobs, sys.stdout = None, open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     device = choose_device()
@@ -4469,7 +4497,9 @@ def _train(options: argparse.Namespace) -> int:
         for network, state in zip(networks, weights):
             network.load_state_dict(state)
         if stage == "pretrain":
-            pretrain_generator(networks[0], train, validation, run)
+            history = pretrain_generator(networks[0], train, validation, run)
+            if len(history) < s.pretrain_epochs and not stopped_early(history, s):
+                break  # the time is over; the GAN shall not start from what is not finished
         else:
             train_gan(*networks, train, validation, run)
     if team.size > 1:

@@ -39,7 +39,7 @@ SABOTAGES = (
              'torch.manual_seed(derive_seed(settings.seed, "generator"))', "    if True:\n        "
              'torch.manual_seed(derive_seed(settings.seed, "generator"))', "building_is_seeded"),
     Sabotage("random state of an epoch not set", "                torch.manual_seed("
-             "derive_seed(self.run.settings.seed, self.name, self.epoch))\n", "", "four_epochs"),
+             "derive_seed(self.run.settings.seed, self.name, self.epoch) + self.run.team.rank)\n", "", "four_epochs"),
     Sabotage("lock left to the garbage collector", "    finally:\n        lock.release()\n", "",
              "while_it_was_degraded"),
     Sabotage("no os.replace", 'temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")',
@@ -232,7 +232,7 @@ SABOTAGES = (
              "two_processes_learn"),
     Sabotage("every process trains on all", "[self.rank :: self.size], batch // self.size", ", batch",
              "shared_evenly or two_processes_learn"),
-    Sabotage("losses of one process only", "(self.team.total(sums) / self.team.total(counts))", "(sums / counts)",
+    Sabotage("losses of one process only", "(team.total(sums) / team.total(counts))", "(sums / counts)",
              "two_processes_learn"),
     Sabotage("processes outlive their parent", "target=_end_with,", "target=lambda parent: None,",
              "end_with_the_one"),

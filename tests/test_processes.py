@@ -22,18 +22,19 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def jobs_for(run, pairs, path):
-    """A file with both trainings, for the command `train`."""
+def jobs_for(run, pairs, path, stages=("pretrain", "gan")):
+    """A file with these trainings, for the command `train`."""
     splits = ru.split_pairs(pairs, run.settings)
     weights = [net.state_dict() for net in (ru.build_generator(run.settings), ru.build_discriminator(run.settings))]
-    first = "pretrain", run, weights, splits.pretrain_train, splits.pretrain_validation
-    torch.save([first, ("gan", run, weights, splits.gan_train, splits.gan_validation)], path)
+    jobs = ("pretrain", run, weights, splits.pretrain_train, splits.pretrain_validation)
+    jobs = [jobs, ("gan", run, weights, splits.gan_train, splits.gan_validation)]
+    torch.save([job for job in jobs if job[0] in stages], path)
     return path
 
 
-def train(run, pairs, job, *changes, processes=2):
-    """Both trainings in so many processes; what they wrote, their exit status and the seconds they took."""
-    jobs_for(run, pairs, job)
+def train(run, pairs, job, *changes, processes=2, stages=("pretrain", "gan")):
+    """These trainings in so many processes; what they wrote, their exit status and the seconds they took."""
+    jobs_for(run, pairs, job, stages)
     start = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
     begun = time.monotonic()
     command = [*start, str(WORKER), *changes, "then", "train", "--job", str(job)]
@@ -92,13 +93,13 @@ def test_another_number_of_processes_goes_on_in_the_same_files(run, pairs, tmp_p
 )
 def test_if_one_fails_all_end_with_its_reason_and_nothing_is_lost(run, pairs, tmp_path, change, reason):
     run = with_settings(run, pretrain_epochs=3, gan_epochs=1)
-    text, status, seconds = train(run, pairs, tmp_path / "job", change)
+    text, status, seconds = train(run, pairs, tmp_path / "job", change, stages=["pretrain"])
     assert status != 0 and seconds < 90, text  # 30 s until it is noticed, 30 s until it is killed, and the start
     assert re.search(reason, ru.failure_reason(text)), (ru.failure_reason(text), text)
     assert not [child for child in psutil.process_iter(["cmdline"]) if str(tmp_path) in (child.info["cmdline"] or ())]
     kept = ru.load_checkpoint(run.outputs / "pretrain_last.pth")["history"]
     assert len(kept) == 1
-    text, status, _ = train(run, pairs, tmp_path / "job")  # and again, without the fault
+    text, status, _ = train(run, pairs, tmp_path / "job", stages=["pretrain"])  # and again, without the fault
     assert status == 0 and "1 of 3 epochs already done" in text
     history = ru.load_checkpoint(run.outputs / "pretrain_last.pth")["history"]
     assert len(history) == 3 and history[:1] == kept
@@ -164,12 +165,12 @@ def test_processes_end_with_the_one_that_started_them(run, pairs, tmp_path):
 
 def test_a_batch_is_shared_evenly_or_computed_by_all():
     team = [ru.Team(rank, 2) for rank in range(2)]
-    shares = [member.share(list(range(11)), 4) for member in team]
+    shares = [member.share_batches(list(range(11)), 4) for member in team]
     assert shares == [([0, 2, 4, 6], 2), ([1, 3, 5, 7], 2)]  # two full batches
-    assert [member.share([7, 8], 4) for member in team] == 2 * [([7, 8], 4)]
+    assert [member.share_batches([7, 8], 4) for member in team] == 2 * [([7, 8], 4)]
     rows = {"a": torch.arange(4), "b": torch.arange(4) * 2}
-    assert [member.part(rows)["b"].tolist() for member in team] == [[0, 4], [2, 6]]
-    assert team[1].part({"a": torch.arange(3)})["a"].tolist() == [0, 1, 2]
+    assert [member.share_rows(rows)["b"].tolist() for member in team] == [[0, 4], [2, 6]]
+    assert team[1].share_rows({"a": torch.arange(3)})["a"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("wanted", "started"), [("1", 1), ("2", 2), ("3", 2), ("4", 4), ("9", 4), ("", 1)])

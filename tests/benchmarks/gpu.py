@@ -101,6 +101,7 @@ def main() -> None:
                 trained = splits.pretrain_train if stage == "pretrain" else splits.gan_train
                 rate = len(trained) / epoch
                 seconds[bits, processes, stage] = epoch
+                memory = memory if processes == 1 else float("nan")  # of the others this process knows nothing
                 share = rate * flops[stage] / peaks["mixed" if bits == 16 else "float32"] / processes
                 faster = seconds[16, 1, stage] / epoch
                 print(
