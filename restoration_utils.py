@@ -2646,9 +2646,9 @@ def train_in_processes(
         return False
     torch.cuda.empty_cache()  # one of the processes shares this one's GPU
     print(f"{stage}: training in {count} processes")
-    threads = max(1, torch.get_num_threads() // count)
-    environment = {"OMP_NUM_THREADS": str(threads), SESSION: str(psutil.Process().create_time())}
-    environment |= os.environ | {RELAY: "1"}
+    threads = max(1, torch.get_num_threads() // count)  # more than there are cores wait for one another: five times
+    environment = {SESSION: str(psutil.Process().create_time())} | os.environ
+    environment |= {"OMP_NUM_THREADS": str(threads), RELAY: "1"}
     with tempfile.TemporaryDirectory() as folder:
         job, log = Path(folder) / "job.pt", Path(folder) / "log.txt"
         torch.save([(stage, run, [network.state_dict() for network in networks], train, validation)], job)

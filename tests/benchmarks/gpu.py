@@ -93,7 +93,8 @@ def main() -> None:
         places = ru.Places("benchmark", Path(folder), Path(folder) / "degraded")
         pairs = ru.prepare_pairs(ru.find_faces(settings, places), places, settings)
         splits, seconds = ru.split_pairs(pairs, settings), {}
-        for bits, processes in ((16, 1), (32, 1), *([(16, count)] if count > 1 else [])):
+        ways = [(16, 1)] + [(32, 1)] * (ru.Precision(device).dtype is not None) + [(16, count)] * (count > 1)
+        for bits, processes in ways:
             os.environ["RESTORATION_PROCESSES"] = str(processes)
             run = ru.Run(replace(settings, mixed_precision=bits == 16), places, device, ru.faces_id(pairs))
             measured = train(run, splits, Path(folder) / f"{bits}_{processes}")
