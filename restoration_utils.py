@@ -4460,13 +4460,15 @@ def _restore(options: argparse.Namespace) -> int:
 
 
 def _prepare_training() -> list[tuple]:
-    """The jobs (stage, run, weights, train, validation) of both trainings, from the environment."""
+    """The jobs (stage, run, weights, train, validation) of both trainings, from the environment.
+
+    Of weights there are none: both begin with new ones.
+    """
     settings, places, device = start()
     pairs = prepare_pairs(find_faces(settings, places), places, settings)
     splits, run = split_pairs(pairs, settings), Run(settings, places, device, faces_id(pairs))
-    weights = [network.state_dict() for network in (build_generator(settings), build_discriminator(settings))]
-    first = "pretrain", run, weights, splits.pretrain_train, splits.pretrain_validation
-    return [first, ("gan", run, weights, splits.gan_train, splits.gan_validation)]
+    first = "pretrain", run, [], splits.pretrain_train, splits.pretrain_validation
+    return [first, ("gan", run, [], splits.gan_train, splits.gan_validation)]
 
 
 def _end_with(parent: psutil.Process) -> None:

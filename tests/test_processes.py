@@ -74,7 +74,7 @@ def test_another_number_of_processes_goes_on_in_the_same_files(run, pairs, tmp_p
     names = {path.name for path in run.outputs.glob("[!.]*.*")}
     assert names >= {"pretrained_generator_best.pth", "pretrain_sample_epoch_1.png", "gan_sample_epoch_1.png"}
     assert names >= {"face_restoration_generator_final.pth", "face_restoration_discriminator_final.pth"}
-    assert not any(name.startswith(ru.PARTIAL) for name in map(str, run.outputs.iterdir()))
+    assert not any(path.name.startswith(ru.PARTIAL) for path in run.outputs.iterdir())
     longer = with_settings(run, gan_epochs=2)
     _, _, history = train_gan(longer, pairs)  # in this process
     assert [row["epoch"] for row in history] == [1, 2]
@@ -96,7 +96,8 @@ def test_if_one_fails_all_end_with_its_reason_and_nothing_is_lost(run, pairs, tm
     text, status, seconds = train(run, pairs, tmp_path / "job", change, stages=["pretrain"])
     assert status != 0 and seconds < 90, text  # 30 s until it is noticed, 30 s until it is killed, and the start
     assert re.search(reason, ru.failure_reason(text)), (ru.failure_reason(text), text)
-    assert not [child for child in psutil.process_iter(["cmdline"]) if str(tmp_path) in (child.info["cmdline"] or ())]
+    running = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in running if str(tmp_path) in command]
     kept = ru.load_checkpoint(run.outputs / "pretrain_last.pth")["history"]
     assert len(kept) == 1
     text, status, _ = train(run, pairs, tmp_path / "job", stages=["pretrain"])  # and again, without the fault
