@@ -136,18 +136,20 @@ def test_the_reason_of_a_process_that_failed_reaches_the_notebook(run, pairs, mo
 def test_interrupting_the_notebook_ends_all_processes(run, pairs, monkeypatch, tmp_path):
     monkeypatch.setenv("RESTORATION_PROCESSES", "2")
     run = with_settings(run, pretrain_epochs=500)
-    others, started = set(psutil.Process().children(recursive=True)), set()
+    others, started, at = set(psutil.Process().children(recursive=True)), set(), []
 
     def interrupt():
         history = run.outputs / "pretrain_history.json"
         while not history.is_file():
             time.sleep(0.1)
         started.update(set(psutil.Process().children(recursive=True)) - others)
+        at.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(ru.Interrupted, match="Run it again: it goes on"):
         pretrain(run, pairs)
+    assert time.monotonic() - at[0] < 60  # not after all the epochs, which take minutes
     assert len(started) >= 3  # the one that starts them, and two
     _, alive = psutil.wait_procs(started, timeout=2)
     assert not alive
