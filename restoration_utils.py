@@ -2035,6 +2035,9 @@ def build_discriminator(settings: Settings) -> PatchGANDiscriminator:
 # ====== Several processes =========================================================================
 
 
+NOTICED_AFTER = timedelta(seconds=20)  # that a process hangs; all are killed 30 seconds later at the latest
+
+
 class Team(NamedTuple):
     """The processes that train together, one for each GPU; alone, this one.
 
@@ -2045,7 +2048,7 @@ class Team(NamedTuple):
 
     rank: int = 0
     size: int = 1
-    group: Any = None  # of torch.distributed; its operations wait half a minute at most
+    group: Any = None  # of torch.distributed; its operations wait for NOTICED_AFTER at most
 
     def share_batches(self, items: Sequence, batch: int) -> tuple[Sequence, int]:
         """This process's items of a sequence that is read in batches, and how many are a batch.
@@ -2058,8 +2061,11 @@ class Team(NamedTuple):
         return items[: len(items) // batch * batch][self.rank :: self.size], batch // self.size
 
     def share_items(self, items: Sequence) -> Sequence:
-        """This process's share of items that are only looked at: no item twice, none left out."""
-        return items[self.rank :: self.size]
+        """This process's share of items that are only looked at: no item twice, none left out.
+
+        If there are too few for all, every process gets them all, which leaves a mean as it is.
+        """
+        return items[self.rank :: self.size] if len(items) >= self.size else items
 
     def share_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's rows of tensors that all have; all of them if they cannot be shared."""
@@ -2153,7 +2159,7 @@ def join_team(device: torch.device) -> Team:
     if size == 1:
         return Team()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    return Team(rank, size, dist.new_group(timeout=timedelta(seconds=30)))
+    return Team(rank, size, dist.new_group(timeout=NOTICED_AFTER))
 
 
 # ====== Checkpoints ===============================================================================
@@ -2369,6 +2375,18 @@ class Means:
         return means
 
 
+KAGGLE_INPUT = Path("/kaggle/input")  # on the real Kaggle, whose sessions end after 12 hours
+
+
+def session_start(places: Places) -> float:
+    """Since when hours count, in seconds since 1970: on Kaggle since the machine's start.
+
+    Elsewhere since this process's, or that of the notebook that has started it.
+    """
+    own = psutil.Process(1 if places.attached == KAGGLE_INPUT else None).create_time()
+    return float(os.environ.get(SESSION, own))
+
+
 class Stage:
     """What both trainings share: going on where the last run stopped, seeds, the time budget,
     progress and saving.
@@ -2426,12 +2444,9 @@ class Stage:
 
     def epochs(self) -> Iterator[int]:
         """Numbers of the epochs left that the time budget allows, each with its random state."""
-        on_kaggle = self.run.places.attached == Path("/kaggle/input")
-        session = psutil.Process(1 if on_kaggle else None).create_time()  # on Kaggle the machine's, else this process's
-        session = float(os.environ.get(SESSION, session))  # or that of the notebook that has started this one
-        budget = self.run.settings.time_budget  # hours
+        session, budget = session_start(self.run.places), self.run.settings.time_budget  # budget: hours
         if budget is None:
-            budget = 11.0 if on_kaggle else math.inf
+            budget = 11.0 if self.run.places.attached == KAGGLE_INPUT else math.inf
         done = len(self.history)
         if self.run.team.from_first(done) != done:
             raise ValueError(
@@ -2460,7 +2475,9 @@ class Stage:
 
     def save(self, row: Mapping[str, float]) -> None:
         """Ends the epoch: its row goes into the history, all is saved, a line is printed."""
-        seconds = self.run.team.from_first(time.perf_counter() - self.started)  # all decide by it
+        seconds = time.perf_counter() - self.started
+        self.run.team.wait()  # the first may still be writing samples
+        seconds = self.run.team.from_first(seconds)  # all decide by it
         self.history.append({"epoch": self.epoch, **row, "seconds": seconds})
         if self.run.team.rank == 0:
             self._write()
@@ -2619,7 +2636,7 @@ def processes_to_start(run: Run) -> int:
     wanted, on_gpu = os.environ.get("RESTORATION_PROCESSES", ""), run.device.type == "cuda"
     if wanted and (not wanted.isdecimal() or int(wanted) < 1):
         raise ValueError(f"RESTORATION_PROCESSES={wanted}: give a whole number, 1 or more")
-    if "WORLD_SIZE" in os.environ:  # this is one of several
+    if "LOCAL_RANK" in os.environ:  # this is one of those that were started
         return 1
     most = torch.cuda.device_count() if on_gpu and dist.is_nccl_available() else 1 if on_gpu or not wanted else math.inf
     together = math.gcd(run.settings.pretrain_batch, run.settings.gan_batch)
@@ -2647,8 +2664,8 @@ def train_in_processes(
     torch.cuda.empty_cache()  # one of the processes shares this one's GPU
     print(f"{stage}: training in {count} processes")
     threads = max(1, torch.get_num_threads() // count)  # more than there are cores wait for one another: five times
-    environment = {SESSION: str(psutil.Process().create_time())} | os.environ
-    environment |= {"OMP_NUM_THREADS": str(threads), RELAY: "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), RELAY: "1"}
+    environment |= {SESSION: str(session_start(run.places))}
     with tempfile.TemporaryDirectory() as folder:
         job, log = Path(folder) / "job.pt", Path(folder) / "log.txt"
         torch.save([(stage, run, [network.state_dict() for network in networks], train, validation)], job)
@@ -2687,12 +2704,18 @@ def show_relayed(lines: Iterable[str]) -> None:
 def failure_reason(log: str) -> str:
     """Why the processes have ended, from what they and `torch.distributed.run` have written."""
     reasons = re.findall(r"^(?:\[rank\d+\]: ?)?(?:error: |(?=[A-Z]\w*Error: ))(.*)", log, re.MULTILINE)
-    if own := [reason for reason in reasons if not re.search("gloo|NCCL|Connection|ChildFailed", reason)]:
+    if own := [
+        reason for reason in reasons if not re.search("gloo|NCCL|Connection|ChildFailed|timeout caused", reason)
+    ]:
         return own[0]  # the others have only lost this one
     ended_after = {"SIGTERM", *re.findall(r"Unable to shutdown process (\d+)", log)}  # since another one had failed
+    if stuck := re.search("Timed out|Application timeout|collective operation timeout", log):  # as gloo and NCCL say
+        ended_after.add("SIGABRT")
     for name, process in re.findall(r"Signal \d+ \((\w+)\) received by PID (\d+)", log):
         if not {name, process} & ended_after:
             return f"it was ended by {name}{' (too little memory?)' if name == 'SIGKILL' else ''}"
+    if stuck:
+        return f"it has not answered for {NOTICED_AFTER.seconds} seconds"
     return [*reasons, *log.strip().splitlines()[-1:], "it has not said why"][0]
 
 
@@ -4486,6 +4509,8 @@ def _train(options: argparse.Namespace) -> int:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if os.environ.get("RANK", "0") == "0":
         jobs = torch.load(options.job, "cpu", weights_only=False) if options.job else _prepare_training()
+        if RELAY in os.environ:
+            Path(options.job).unlink()  # as large as the networks; the notebook may be killed and never tidy up
     else:
         jobs, sys.stdout = None, open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     device = choose_device()
@@ -4495,6 +4520,9 @@ def _train(options: argparse.Namespace) -> int:
         if s.pretrain_batch % team.size or s.gan_batch % team.size:
             batches = f"batches of {s.pretrain_batch} and {s.gan_batch} pictures"
             raise ValueError(f"{team.size} processes cannot share {batches} equally: start 2 or 4")
+        kind = Precision(device, s.mixed_precision).dtype
+        if team.from_first(kind) != kind:
+            raise ValueError("the GPUs compute in different kinds of 16 bits: take equal ones or mixed_precision=False")
         networks = build_generator(s), build_discriminator(s)
         for network, state in zip(networks, weights):
             network.load_state_dict(state)

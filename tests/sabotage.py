@@ -236,6 +236,12 @@ SABOTAGES = (
              "two_processes_learn"),
     Sabotage("processes outlive their parent", "target=_end_with,", "target=lambda parent: None,",
              "end_with_the_one"),
+    Sabotage("hours since the notebook's start", "SESSION: str(session_start(run.places))",
+             "SESSION: str(psutil.Process().create_time())", "in_the_processes_too"),
+    Sabotage("a slow disk taken for a failure",
+             "        self.run.team.wait()  # the first may still be writing samples\n", "", "slow_disk"),
+    Sabotage("batch norm of every process's own", "dist.broadcast(buffer, 0, self.group)", "pass", "all_validate"),
+    Sabotage("unlike GPUs together", "if team.from_first(kind) != kind:", "if False:", "different_kinds"),
     Sabotage("processes outlive an interruption", "            child.terminate()\n", "", "interrupting_the_notebook"),
 )  # fmt: skip
 

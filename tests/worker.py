@@ -7,6 +7,8 @@ import functools
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -68,6 +70,33 @@ def stop():
 
 def nan():
     in_batch(8, lambda arguments: arguments[2][0].fill_(float("nan")))
+
+
+def impatient():
+    """Waits for others for five seconds only."""
+    ru.NOTICED_AFTER = timedelta(seconds=5)
+
+
+def slow_disk():
+    original = ru.save_checkpoint
+
+    def changed(path, run, **content):
+        if path.name == "pretrained_generator_best.pth":
+            time.sleep(10)
+        original(path, run, **content)
+
+    ru.save_checkpoint = changed
+
+
+def other_gpu():
+    """A process whose hardware computes in float16, as if its GPU were older than the others."""
+    original = ru.Precision.__init__
+
+    def changed(self, *arguments):
+        original(self, *arguments)
+        self.dtype = torch.float16
+
+    ru.Precision.__init__ = changed
 
 
 def full_disk():

@@ -97,6 +97,7 @@ def main() -> None:
         for bits, processes in ways:
             os.environ["RESTORATION_PROCESSES"] = str(processes)
             run = ru.Run(replace(settings, mixed_precision=bits == 16), places, device, ru.faces_id(pairs))
+            processes = ru.processes_to_start(run)  # of three GPUs, two
             measured = train(run, splits, Path(folder) / f"{bits}_{processes}")
             for stage, (epoch, memory) in measured.items():
                 trained = splits.pretrain_train if stage == "pretrain" else splits.gan_train
