@@ -3,10 +3,11 @@
     python tests/benchmarks/gpu.py [--updates 200]
 
 Draws portraits, then runs both trainings of notebooks 04 and 05 with the settings of `full` (but fewer portraits and
-one epoch of that many updates), in 16 and in 32 bits. Prints pairs a second, memory, the ratio of both, the share of
-the peak (that of a large matrix product, measured here), how far the losses of the first updates are from the CPU's,
-and, with several GPUs, how much faster all of them are than one. Some ten minutes on a T4 (estimated). What several
-processes cost on a CPU: --profile quick --updates 20 --processes 2.
+two epochs, together of that many updates; the second counts, since a process's first updates are slow), in 16 and in
+32 bits. Prints pairs a second, memory, the ratio of both, the share of the peak (that of a large matrix product,
+measured here), how far the losses of the first updates are from the CPU's, and, with several GPUs, how much faster all
+of them are than one. Some ten minutes on a T4 (estimated). What several processes cost on a CPU: --profile quick
+--updates 60 --processes 2.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ def main() -> None:
         apart = np.abs(here / cpu - 1).max()
         print(f"first updates, {16 if mixed else 32} bits: losses at most {apart:.2%} from the CPU's", flush=True)
 
-    originals = max(10, round(options.updates * settings.pretrain_batch / (6 * 0.8)))  # six pairs each, four fifths
+    originals = max(10, round(options.updates / 2 * settings.pretrain_batch / (6 * 0.8)))  # six pairs each, four fifths
     settings = replace(settings, portraits=originals, max_faces=originals, portrait_size=512, scenes=0)
-    settings = replace(settings, pretrain_epochs=1, gan_epochs=1)
+    settings = replace(settings, pretrain_epochs=2, gan_epochs=2)
     peaks, flops = speed.peaks(device), flops_of_a_pair(settings)
     count = options.processes or (torch.cuda.device_count() if device.type == "cuda" else 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +105,8 @@ def main() -> None:
                 rate = len(trained) / epoch
                 seconds[bits, processes, stage] = epoch
                 memory = memory if processes == 1 else float("nan")  # of the others this process knows nothing
-                share = rate * flops[stage] / peaks["mixed" if bits == 16 else "float32"] / processes
+                peak = peaks["mixed" if bits == 16 else "float32"] * (processes if device.type == "cuda" else 1)
+                share = rate * flops[stage] / peak
                 faster = seconds[16, 1, stage] / epoch
                 print(
                     f"{stage}, {bits} bits, {processes} processes: {rate:.1f} pairs/s, all included; {memory:.1f} GB;"
