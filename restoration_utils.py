@@ -2704,10 +2704,9 @@ def show_relayed(lines: Iterable[str]) -> None:
 def failure_reason(log: str) -> str:
     """Why the processes have ended, from what they and `torch.distributed.run` have written."""
     reasons = re.findall(r"^(?:\[rank\d+\]: ?)?(?:error: |(?=[A-Z]\w*Error: ))(.*)", log, re.MULTILINE)
-    if own := [
-        reason for reason in reasons if not re.search("gloo|NCCL|Connection|ChildFailed|timeout caused", reason)
-    ]:
-        return own[0]  # the others have only lost this one
+    lost = "gloo|NCCL|Connection|ChildFailed|timeout caused"  # what the others say, who have only lost this one
+    if own := [reason for reason in reasons if not re.search(lost, reason)]:
+        return own[0]
     ended_after = {"SIGTERM", *re.findall(r"Unable to shutdown process (\d+)", log)}  # since another one had failed
     if stuck := re.search("Timed out|Application timeout|collective operation timeout", log):  # as gloo and NCCL say
         ended_after.add("SIGABRT")
