@@ -2079,10 +2079,10 @@ class Team(NamedTuple):
         return tensor
 
     def from_first(self, value: Any) -> Any:
-        """What the first process gives here, for all of them."""
+        """What the first process gives here, for all of them; they wait for it as in `wait`."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, 0, self.group)
+            dist.broadcast_object_list(values, 0)
         return values[0]
 
     def alone_in(self, folder: Path) -> contextlib.AbstractContextManager:
@@ -2475,9 +2475,7 @@ class Stage:
 
     def save(self, row: Mapping[str, float]) -> None:
         """Ends the epoch: its row goes into the history, all is saved, a line is printed."""
-        seconds = time.perf_counter() - self.started
-        self.run.team.wait()  # the first may still be writing samples
-        seconds = self.run.team.from_first(seconds)  # all decide by it
+        seconds = self.run.team.from_first(time.perf_counter() - self.started)  # all decide by it
         self.history.append({"epoch": self.epoch, **row, "seconds": seconds})
         if self.run.team.rank == 0:
             self._write()

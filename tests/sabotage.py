@@ -239,7 +239,7 @@ SABOTAGES = (
     Sabotage("hours since the notebook's start", "SESSION: str(session_start(run.places))",
              "SESSION: str(psutil.Process().create_time())", "in_the_processes_too"),
     Sabotage("a slow disk taken for a failure",
-             "        self.run.team.wait()  # the first may still be writing samples\n", "", "slow_disk"),
+             "broadcast_object_list(values, 0)", "broadcast_object_list(values, 0, self.group)", "slow_disk"),
     Sabotage("batch norm of every process's own", "dist.broadcast(buffer, 0, self.group)", "pass", "all_validate"),
     Sabotage("unlike GPUs together", "if team.from_first(kind) != kind:", "if False:", "different_kinds"),
     Sabotage("processes outlive an interruption", "            child.terminate()\n", "", "interrupting_the_notebook"),

@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import TINY
 from test_training import pretrain, train_gan, with_settings
+from torch import distributed as dist
 
 import restoration_utils as ru
 
-dist = torch.distributed
 WORKER = Path(__file__).parent / "worker.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
